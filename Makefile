@@ -1,0 +1,55 @@
+# Two commands are enough: `make ranking` and `make test`. Each sets a fresh machine up first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup ranking retrieval test lint format docs cuda clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## Create .venv with everything that the recipes and tests need
+
+# torch goes first and with its own dependencies (its CUDA builds need them). All else comes from the lock with
+# --no-deps, since torchrec's metadata asks for a clashing fbgemm and an old torchmetrics.
+$(READY): requirements/lock.txt pyproject.toml csrc/CMakeLists.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(head -n 1 requirements/lock.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/lock.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		$$(if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; \
+			then echo fbgemm-gpu==$(FBGEMM); else echo fbgemm-gpu-cpu==$(FBGEMM); fi)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --editable .
+	$(BIN)/python -m genrec.environment
+	@touch $@
+
+FBGEMM := 1.8.0
+
+ranking: setup  ## Train and test an HSTU ranking model on synthetic data (ARGS="key=value ...")
+	$(BIN)/python -m genrec.recipes.ranking $(ARGS)
+
+retrieval: setup  ## Train and test an HSTU retrieval model on synthetic data (ARGS="key=value ...")
+	$(BIN)/python -m genrec.recipes.retrieval $(ARGS)
+
+test: setup  ## Run all tests (ARGS="tests/unit -k name")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff, format check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## Format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+docs: setup  ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## Remove what the other targets made, .venv included
+	rm -rf $(VENV) build dist site runs .pytest_cache .mypy_cache .ruff_cache genrec/_lib

@@ -1,0 +1,1 @@
+"""HSTU layers, sequence preprocessing, positions and heads: plain PyTorch modules."""

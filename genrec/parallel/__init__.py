@@ -1,0 +1,1 @@
+"""The strategy that shards tables with TorchRec and dense layers with Megatron-Core."""

@@ -1,0 +1,1 @@
+"""Recipes: `python -m genrec.recipes.ranking` and `python -m genrec.recipes.retrieval`."""
