@@ -1,1 +1,21 @@
 """HSTU layers, sequence preprocessing, positions and heads: plain PyTorch modules."""
+
+from genrec.layers.config import HSTUConfig
+from genrec.layers.heads import MLP, L2Norm, MultiTaskHead, SwishLayerNorm, output_norm
+from genrec.layers.hstu import HSTULayer, HSTUStack
+from genrec.layers.preprocess import PreprocessorConfig, SequencePreprocessor
+from genrec.layers.tokens import TokenSequence
+
+__all__ = [
+    "MLP",
+    "HSTUConfig",
+    "HSTULayer",
+    "HSTUStack",
+    "L2Norm",
+    "MultiTaskHead",
+    "PreprocessorConfig",
+    "SequencePreprocessor",
+    "SwishLayerNorm",
+    "TokenSequence",
+    "output_norm",
+]
