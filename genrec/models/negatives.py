@@ -1,0 +1,95 @@
+"""Negative items for the sampled softmax, and how often each is expected to be drawn."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+NegativeSampling = Literal["uniform", "popularity", "in_batch"]
+
+
+class NegativeSampler(nn.Module):
+    """Draws negative item ids, with replacement.
+
+    * "uniform": every item alike.
+    * "popularity": in proportion to given counts.
+    * "in_batch": from the labels of the batch, hence by their popularity too, without counts.
+
+    Args:
+        num_items: V, the size of the catalogue.
+        num_negatives: R, negatives of a row (or of all rows where they share them).
+        sampling: How they are drawn.
+        shared: One draw for all rows of a batch (one small product) or one for each row.
+        counts: (V,) how often each item occurs; needed for "popularity" alone. Items of count 0 are never drawn.
+
+    Raises:
+        ValueError: Counts are missing, of the wrong shape, negative or all zero.
+    """
+
+    cumulative: Tensor | None
+
+    def __init__(
+        self,
+        num_items: int,
+        num_negatives: int = 128,
+        sampling: NegativeSampling = "uniform",
+        shared: bool = True,
+        counts: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if sampling not in ("uniform", "popularity", "in_batch"):
+            raise ValueError(f"negative sampling must be uniform, popularity or in_batch, got '{sampling}'.")
+        if num_negatives < 1:
+            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}.")
+        self.num_items = num_items
+        self.num_negatives = num_negatives
+        self.sampling = sampling
+        self.shared = shared
+        cumulative = None
+        if sampling == "popularity":
+            if counts is None or counts.shape != (num_items,) or bool((counts < 0).any()) or not bool(counts.any()):
+                raise ValueError(
+                    f"Sampling by popularity needs item_counts: ({num_items},) numbers >= 0, not all zero."
+                )
+            cumulative = counts.double().cumsum(0)
+        self.register_buffer("cumulative", cumulative, persistent=False)
+
+    def sample(self, labels: Tensor) -> Tensor:
+        """(R,) ids where rows share them, else (P, R), drawn from torch's default generator.
+
+        Args:
+            labels: (P,) the positive ids of the batch; "in_batch" draws from them.
+        """
+        shape = (self.num_negatives,) if self.shared else (labels.numel(), self.num_negatives)
+        if self.sampling == "in_batch":
+            if labels.numel() == 0:
+                return labels.new_zeros(shape)
+            return labels[torch.randint(labels.numel(), shape, device=labels.device)]
+        if self.sampling == "uniform":
+            return torch.randint(self.num_items, shape, device=labels.device)
+        assert self.cumulative is not None
+        cumulative = self.cumulative.to(labels.device)
+        point = torch.rand(shape, dtype=torch.float64, device=labels.device) * cumulative[-1]
+        return torch.searchsorted(cumulative, point, right=True).clamp_(max=self.num_items - 1)
+
+    def log_expected_count(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Log of R times the probability that a draw gives each of `ids`; fp32, of their shape.
+
+        Args:
+            ids: Item ids; ones that can't be drawn get the value of the rarest that can.
+            labels: (P,) the positive ids of the batch, from which "in_batch" takes its frequencies.
+        """
+        if self.sampling == "uniform":
+            return torch.full(ids.shape, math.log(self.num_negatives / self.num_items), device=ids.device)
+        if self.sampling == "popularity":
+            assert self.cumulative is not None
+            cumulative = self.cumulative.to(ids.device)
+            counts = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
+            share = counts[ids].clamp(min=float(counts[counts > 0].min())) / cumulative[-1]
+        else:
+            counts = torch.bincount(labels, minlength=self.num_items).double()
+            share = counts[ids].clamp(min=1.0) / max(labels.numel(), 1)
+        return (share * self.num_negatives).log().float()

@@ -1,0 +1,212 @@
+"""Optimizers and schedules: one optimizer for Lightning, made of one for the dense part and one for each table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from genrec.embedding.config import TableOptimizerConfig
+
+ScheduleName = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+
+
+@dataclass(frozen=True)
+class DenseOptimizerConfig:
+    """AdamW for everything that is not a table.
+
+    Args:
+        learning_rate: Base rate; the schedule multiplies it.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled; applied to matrices only, never to biases, norms or other vectors.
+    """
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rates (of the dense part and of all tables) move.
+
+    Args:
+        name: "constant", "linear" (down to `final_factor`), "cosine" (the same along a half cosine) or "inverse_sqrt"
+            (1 / sqrt(step / warmup_steps)).
+        warmup_steps: Steps over which the rates first rise linearly from near zero.
+        total_steps: Steps at whose end "linear" and "cosine" reach `final_factor`; None: the trainer's estimate.
+        final_factor: Lowest factor of "linear" and "cosine".
+    """
+
+    name: ScheduleName = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    final_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("constant", "linear", "cosine", "inverse_sqrt"):
+            raise ValueError(f"schedule must be constant, linear, cosine or inverse_sqrt, got '{self.name}'.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """All of it: the dense optimizer and the schedule. Tables bring their own `TableOptimizerConfig`."""
+
+    dense: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+class CombinedOptimizer(Optimizer):
+    """Several optimizers that act as one: one step, one state, all parameter groups in one list.
+
+    Schedulers, gradient clipping and checkpoints see an ordinary optimizer. Optimizers that are fused into a backward
+    pass may be among them: their groups get the schedule, their state stays with their tables.
+
+    Args:
+        optimizers: By name, over disjoint parameters.
+    """
+
+    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
+        if not optimizers:
+            raise ValueError("CombinedOptimizer needs at least one optimizer.")
+        self.optimizers = dict(optimizers)
+        groups: list[dict[str, Any]] = []
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["name"] = name
+                groups.append(group)
+        super().__init__(groups, {})
+        for optimizer in self.optimizers.values():
+            self.state.update(optimizer.state)
+        self._link()
+
+    def _link(self) -> None:
+        """Make the parts read this optimizer's groups and state: they hold the same objects."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups = [group for group in self.param_groups if group["name"] == name]
+            optimizer.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for optimizer in self.optimizers.values():
+            # Lets each fill in defaults that an older state lacks.
+            optimizer.__setstate__({"param_groups": optimizer.param_groups, "state": self.state})
+        self._link()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of each; `closure` is called once, before them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return loss
+
+
+class RowWiseAdagrad(Optimizer):
+    """Adagrad with one accumulator a row, the mean of the squared gradient over it (FBGEMM's EXACT_ROWWISE_ADAGRAD).
+
+    Args:
+        params: Matrices.
+        lr: Learning rate.
+        eps: Added to the denominator.
+        weight_decay: Added to the gradient times the weight.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 1e-2, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                grad = weight.grad.float()
+                if group["weight_decay"]:
+                    grad = grad.add(weight.float(), alpha=group["weight_decay"])
+                state = self.state[weight]
+                if not state:
+                    state["sum"] = torch.zeros(weight.shape[0], device=weight.device)
+                state["sum"] += grad.square().mean(dim=1)
+                rate = group["lr"] / (state["sum"].sqrt() + group["eps"])
+                weight.sub_((grad * rate.unsqueeze(1)).to(weight.dtype))
+        return loss
+
+
+def dense_optimizer(parameters: Sequence[nn.Parameter], config: DenseOptimizerConfig) -> Optimizer:
+    """AdamW, weight decay on matrices alone."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if config.weight_decay == 0.0:
+        groups = [{"params": list(parameters), "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate, betas=config.betas, eps=config.eps, foreach=True,
+    )  # fmt: skip
+
+
+def table_optimizer(weight: nn.Parameter, config: TableOptimizerConfig) -> Optimizer:
+    """The optimizer of one unsharded table. A row without a gradient still sees Adam's moments decay, as in torch."""
+    if config.max_gradient is not None:
+        limit = config.max_gradient
+        weight.register_hook(lambda grad: grad.clamp(-limit, limit))
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.name == "sgd":
+        return torch.optim.SGD([weight], lr=rate, weight_decay=decay)
+    if config.name == "adam":
+        return torch.optim.Adam([weight], lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW([weight], lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay)
+    if config.name == "adagrad":
+        return torch.optim.Adagrad([weight], lr=rate, eps=config.eps, weight_decay=decay)
+    if config.name == "rowwise_adagrad":
+        return RowWiseAdagrad([weight], lr=rate, eps=config.eps, weight_decay=decay)
+    raise ValueError(f"Unknown table optimizer '{config.name}'. Known: sgd, adam, adamw, adagrad, rowwise_adagrad.")
+
+
+def schedule_factor(step: int, config: ScheduleConfig, total_steps: int | None = None) -> float:
+    """Factor of the base learning rates in step `step`, counted from 0.
+
+    Raises:
+        ValueError: "linear" or "cosine" without a number of steps.
+    """
+    warmup = config.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.name == "constant":
+        return 1.0
+    if config.name == "inverse_sqrt":
+        return math.sqrt(max(warmup, 1) / max(step, warmup, 1))
+    total = config.total_steps or total_steps
+    if not total:
+        raise ValueError(f"Schedule '{config.name}' needs total_steps, since the trainer has no bound of steps.")
+    progress = min(max(step - warmup, 0) / max(total - warmup, 1), 1.0)
+    shape = 1 - progress if config.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_factor + (1 - config.final_factor) * shape
+
+
+def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, total_steps: int | None = None) -> LambdaLR:
+    """A scheduler that is to be stepped after each step of the optimizer."""
+    schedule_factor(config.warmup_steps, config, total_steps)
+    return LambdaLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
