@@ -1,1 +1,16 @@
 """LightningModules for HSTU ranking and retrieval, and the baselines that they are compared with."""
+
+from genrec.models.base import SequenceRecommender
+from genrec.models.losses import LossSum, Task
+from genrec.models.ranking import HSTURanking, RankingModel
+from genrec.models.retrieval import HSTURetrieval, RetrievalModel
+
+__all__ = [
+    "HSTURanking",
+    "HSTURetrieval",
+    "LossSum",
+    "RankingModel",
+    "RetrievalModel",
+    "SequenceRecommender",
+    "Task",
+]

@@ -23,13 +23,14 @@ class NegativeSampler(nn.Module):
         num_negatives: R, negatives of a row (or of all rows where they share them).
         sampling: How they are drawn.
         shared: One draw for all rows of a batch (one small product) or one for each row.
-        counts: (V,) how often each item occurs; needed for "popularity" alone. Items of count 0 are never drawn.
+        counts: (V,) how often each item occurs, for "popularity" alone; kept in checkpoints. Items of count 0 are never
+            drawn. None: `set_counts` gives them later.
 
     Raises:
-        ValueError: Counts are missing, of the wrong shape, negative or all zero.
+        ValueError: An unknown sampling, or counts that don't fit.
     """
 
-    cumulative: Tensor | None
+    counts: Tensor | None
 
     def __init__(
         self,
@@ -48,14 +49,28 @@ class NegativeSampler(nn.Module):
         self.num_negatives = num_negatives
         self.sampling = sampling
         self.shared = shared
-        cumulative = None
-        if sampling == "popularity":
-            if counts is None or counts.shape != (num_items,) or bool((counts < 0).any()) or not bool(counts.any()):
-                raise ValueError(
-                    f"Sampling by popularity needs item_counts: ({num_items},) numbers >= 0, not all zero."
-                )
-            cumulative = counts.double().cumsum(0)
-        self.register_buffer("cumulative", cumulative, persistent=False)
+        by_count = sampling == "popularity"
+        self.register_buffer("counts", torch.zeros(num_items, dtype=torch.float64) if by_count else None)
+        if by_count and counts is not None:
+            self.set_counts(counts)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether it draws by popularity and has no counts yet."""
+        return self.counts is not None and not bool(self.counts.any())
+
+    def set_counts(self, counts: Tensor | None) -> None:
+        """Give the counts.
+
+        Raises:
+            ValueError: None, another shape, negative ones, or all zero.
+        """
+        assert self.counts is not None
+        if counts is None or counts.shape != (self.num_items,) or bool((counts < 0).any()) or not bool(counts.any()):
+            raise ValueError(
+                f"Sampling by popularity needs item_counts: ({self.num_items},) numbers >= 0, not all zero."
+            )
+        self.counts.copy_(counts)
 
     def sample(self, labels: Tensor) -> Tensor:
         """(R,) ids where rows share them, else (P, R), drawn from torch's default generator.
@@ -70,8 +85,8 @@ class NegativeSampler(nn.Module):
             return labels[torch.randint(labels.numel(), shape, device=labels.device)]
         if self.sampling == "uniform":
             return torch.randint(self.num_items, shape, device=labels.device)
-        assert self.cumulative is not None
-        cumulative = self.cumulative.to(labels.device)
+        assert self.counts is not None
+        cumulative = self.counts.to(labels.device).cumsum(0)
         point = torch.rand(shape, dtype=torch.float64, device=labels.device) * cumulative[-1]
         return torch.searchsorted(cumulative, point, right=True).clamp_(max=self.num_items - 1)
 
@@ -85,10 +100,9 @@ class NegativeSampler(nn.Module):
         if self.sampling == "uniform":
             return torch.full(ids.shape, math.log(self.num_negatives / self.num_items), device=ids.device)
         if self.sampling == "popularity":
-            assert self.cumulative is not None
-            cumulative = self.cumulative.to(ids.device)
-            counts = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
-            share = counts[ids].clamp(min=float(counts[counts > 0].min())) / cumulative[-1]
+            assert self.counts is not None
+            counts = self.counts.to(ids.device)
+            share = counts[ids].clamp(min=float(counts[counts > 0].min())) / counts.sum()
         else:
             counts = torch.bincount(labels, minlength=self.num_items).double()
             share = counts[ids].clamp(min=1.0) / max(labels.numel(), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -58,33 +58,27 @@ class ScheduleConfig:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}.")
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """All of it: the dense optimizer and the schedule. Tables bring their own `TableOptimizerConfig`."""
-
-    dense: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-
-
 class CombinedOptimizer(Optimizer):
     """Several optimizers that act as one: one step, one state, all parameter groups in one list.
 
-    Schedulers, gradient clipping and checkpoints see an ordinary optimizer. Optimizers that are fused into a backward
-    pass may be among them: their groups get the schedule, their state stays with their tables.
+    Schedulers, gradient clipping and checkpoints see an ordinary optimizer.
 
     Args:
         optimizers: By name, over disjoint parameters.
+        fused: Optimizers that run inside the backward pass of their tables. They get their learning rate from here, as
+            a group without parameters; their state stays with their tables.
     """
 
-    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
-        if not optimizers:
-            raise ValueError("CombinedOptimizer needs at least one optimizer.")
+    def __init__(self, optimizers: Mapping[str, Optimizer], fused: Sequence[Optimizer] = ()) -> None:
         self.optimizers = dict(optimizers)
+        self.fused = list(fused)
         groups: list[dict[str, Any]] = []
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["name"] = name
                 groups.append(group)
+        for index, optimizer in enumerate(self.fused):
+            groups.append({"params": [], "lr": optimizer.param_groups[0]["lr"], "name": _fused_name(index)})
         super().__init__(groups, {})
         for optimizer in self.optimizers.values():
             self.state.update(optimizer.state)
@@ -98,9 +92,6 @@ class CombinedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for optimizer in self.optimizers.values():
-            # Lets each fill in defaults that an older state lacks.
-            optimizer.__setstate__({"param_groups": optimizer.param_groups, "state": self.state})
         self._link()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -111,7 +102,16 @@ class CombinedOptimizer(Optimizer):
                 loss = closure()
         for optimizer in self.optimizers.values():
             optimizer.step()
+        rates = {group["name"]: group["lr"] for group in self.param_groups}
+        for index, optimizer in enumerate(self.fused):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[_fused_name(index)]
+            optimizer.step()
         return loss
+
+
+def _fused_name(index: int) -> str:
+    return f"fused.{index}"
 
 
 class RowWiseAdagrad(Optimizer):
@@ -162,7 +162,7 @@ def dense_optimizer(parameters: Sequence[nn.Parameter], config: DenseOptimizerCo
         groups = [{"params": list(parameters), "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate, betas=config.betas, eps=config.eps, foreach=True,
+        lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=_can_fuse(parameters),
     )  # fmt: skip
 
 
@@ -171,18 +171,23 @@ def table_optimizer(weight: nn.Parameter, config: TableOptimizerConfig) -> Optim
     if config.max_gradient is not None:
         limit = config.max_gradient
         weight.register_hook(lambda grad: grad.clamp(-limit, limit))
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay, fuse = config.learning_rate, config.weight_decay, _can_fuse([weight])
     if config.name == "sgd":
         return torch.optim.SGD([weight], lr=rate, weight_decay=decay)
     if config.name == "adam":
-        return torch.optim.Adam([weight], lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay)
+        return torch.optim.Adam([weight], lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay, fused=fuse)
     if config.name == "adamw":
-        return torch.optim.AdamW([weight], lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay)
+        return torch.optim.AdamW([weight], lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay, fused=fuse)
     if config.name == "adagrad":
         return torch.optim.Adagrad([weight], lr=rate, eps=config.eps, weight_decay=decay)
     if config.name == "rowwise_adagrad":
         return RowWiseAdagrad([weight], lr=rate, eps=config.eps, weight_decay=decay)
     raise ValueError(f"Unknown table optimizer '{config.name}'. Known: sgd, adam, adamw, adagrad, rowwise_adagrad.")
+
+
+def _can_fuse(parameters: Sequence[Tensor]) -> bool:
+    """Whether torch has its one-kernel Adam for these."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
 def schedule_factor(step: int, config: ScheduleConfig, total_steps: int | None = None) -> float:
