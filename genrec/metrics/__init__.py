@@ -1,1 +1,31 @@
-"""torchmetrics classes of the field: HR@K, NDCG@K, MRR, AUC, GAUC, NE."""
+"""torchmetrics classes of the field: HR@K, NDCG@K, MRR, Recall@K; AUC, GAUC, NE, log loss, calibration."""
+
+from genrec.metrics.ranking import (
+    AUC,
+    GAUC,
+    RMSE,
+    Accuracy,
+    Calibration,
+    LogLoss,
+    NormalizedEntropy,
+    grouped_auc,
+)
+from genrec.metrics.retrieval import MRR, NDCG, HitRate, Recall, retrieval_metrics
+from genrec.metrics.tasks import TaskMetrics
+
+__all__ = [
+    "AUC",
+    "GAUC",
+    "MRR",
+    "NDCG",
+    "RMSE",
+    "Accuracy",
+    "Calibration",
+    "HitRate",
+    "LogLoss",
+    "NormalizedEntropy",
+    "Recall",
+    "TaskMetrics",
+    "grouped_auc",
+    "retrieval_metrics",
+]
