@@ -5,6 +5,7 @@ from genrec.layers.heads import MLP, L2Norm, MultiTaskHead, SwishLayerNorm, outp
 from genrec.layers.hstu import HSTULayer, HSTUStack
 from genrec.layers.preprocess import PreprocessorConfig, SequencePreprocessor
 from genrec.layers.tokens import TokenSequence
+from genrec.layers.transformer import SASRecConfig, SASRecStack
 
 __all__ = [
     "MLP",
@@ -14,6 +15,8 @@ __all__ = [
     "L2Norm",
     "MultiTaskHead",
     "PreprocessorConfig",
+    "SASRecConfig",
+    "SASRecStack",
     "SequencePreprocessor",
     "SwishLayerNorm",
     "TokenSequence",
