@@ -1,4 +1,9 @@
+# ruff: noqa: E402  (the check comes before the first import of torchrec)
 """HSTU layers, sequence preprocessing, positions and heads: plain PyTorch modules."""
+
+from genrec.environment import require_torchrec
+
+require_torchrec()
 
 from genrec.layers.config import HSTUConfig
 from genrec.layers.heads import MLP, L2Norm, MultiTaskHead, SwishLayerNorm, output_norm
