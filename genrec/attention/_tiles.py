@@ -249,8 +249,8 @@ class Plan:
 
 def exact_bucket(distance: Tensor, num_buckets: int) -> Tensor:
     """int32 `time_bucket`, several times faster: a logarithm in fp64, then one step to the exact integer edges."""
-    info = torch.iinfo(torch.int64)
-    magnitude = distance.clamp(min=info.min + 1).abs_()
+    largest = torch.iinfo(torch.int64).max - 1
+    magnitude = distance.clamp(min=-largest, max=largest).abs_()
     lower, upper = _edges(num_buckets, distance.device)
     bucket = magnitude.double().clamp_(min=1).log_().div_(BUCKET_WIDTH).int().clamp_(max=num_buckets - 1)
     flat, size = bucket.view(-1), magnitude.view(-1)
@@ -264,7 +264,7 @@ def _edges(num_buckets: int, device: torch.device) -> tuple[Tensor, Tensor]:
     edges = time_bucket_edges(num_buckets, device)
     info = torch.iinfo(torch.int64)
     lower = torch.cat([edges.new_tensor([info.min]), edges])
-    # No int64 is larger than the last "edge", so that strictly none steps beyond the table.
+    # No clamped distance reaches the last "edge": none steps beyond the table.
     return lower, torch.cat([edges, edges.new_tensor([info.max])])
 
 
@@ -279,28 +279,51 @@ def plan_for(
     heads: int,
 ) -> Plan:
     """The plan of such a call: the last one again where offsets, mask and times are the very same tensors."""
-    timed = isinstance(bias, RelativeBias) and bias.time_weight is not None
-    times = (bias.timestamps, bias.query_timestamps) if timed and isinstance(bias, RelativeBias) else (None, None)
-    buckets = (
-        bias.time_weight.numel() if timed and isinstance(bias, RelativeBias) and bias.time_weight is not None else 0
-    )
+    times, asked, buckets = None, None, 0
+    if isinstance(bias, RelativeBias) and bias.time_weight is not None:
+        times, asked, buckets = bias.timestamps, bias.query_timestamps, bias.time_weight.numel()
     masks = (mask, None) if isinstance(mask, Tensor) else (mask.num_contexts, mask.num_targets)
     words = () if isinstance(mask, Tensor) else (mask.target_group_size, mask.window, mask.causal)
-    tensors = (q_offsets, kv_offsets, *masks, *times)
-    facts = (words, buckets, heads, tuple(None if t is None or t.is_inference() else t._version for t in tensors))
-    last = getattr(_last, "plan", None)
-    if last is not None and last[1] == facts and all(a is b for a, b in zip(last[0], tensors, strict=True)):
-        plan: Plan = last[2]
-        return plan
+    tensors = (q_offsets, kv_offsets, *masks, times, asked)
+    facts = (words, buckets, heads)
+    last: _Kept | None = getattr(_last, "kept", None)
+    if last is not None and last.facts == facts and last.holds(tensors):
+        return last.plan
     pair = None
-    if times[0] is not None:
-        pair = times[0], _asked(times[0], q_offsets, kv_offsets) if times[1] is None else times[1]
+    if times is not None:
+        pair = times, _next_row_times(times, q_offsets, kv_offsets) if asked is None else asked
     plan = Plan(q_offsets, kv_offsets, mask, pair, buckets, heads)
-    _last.plan = (tensors, facts, plan)
+    _last.kept = _Kept(tensors, facts, plan)
     return plan
 
 
-def _asked(timestamps: Tensor, q_offsets: Tensor, kv_offsets: Tensor) -> Tensor:
+class _Kept:
+    """A plan, and what it was made from."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], facts: tuple[object, ...], plan: Plan) -> None:
+        self.tensors, self.facts, self.plan = tensors, facts, plan
+        self.states = [self._state(tensor) for tensor in tensors]
+
+    def holds(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        same = all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+        return same and all(map(self._unchanged, tensors, self.states))
+
+    @staticmethod
+    def _state(tensor: Tensor | None) -> Tensor | int | None:
+        if tensor is None:
+            return None
+        # Inference tensors count no versions: their contents are compared.
+        return tensor.clone() if tensor.is_inference() else tensor._version
+
+    @staticmethod
+    def _unchanged(tensor: Tensor | None, state: Tensor | int | None) -> bool:
+        if tensor is None or not isinstance(state, Tensor):
+            return tensor is None or tensor._version == state
+        return torch.equal(tensor, state)
+
+
+def _next_row_times(timestamps: Tensor, q_offsets: Tensor, kv_offsets: Tensor) -> Tensor:
     """(T_q,) t' of each query row where nothing else is said: the next key row's time, the last row's own."""
     ends = kv_offsets[1:].long()
     q_lens, rows = q_offsets.diff(), int(q_offsets[-1])

@@ -120,8 +120,9 @@ def time_bucket(distance: Tensor, num_buckets: int) -> Tensor:
     Returns:
         int64 bucket indices in [0, num_buckets), of the same shape.
     """
-    # |int64 min| overflows; one less falls into the same bucket.
-    magnitude = distance.clamp(min=torch.iinfo(torch.int64).min + 1).abs()
+    # |int64 min| overflows, and int64 max would meet edges that stand for none; one less falls into the same bucket.
+    largest = torch.iinfo(torch.int64).max - 1
+    magnitude = distance.clamp(min=-largest, max=largest).abs()
     return torch.bucketize(magnitude, time_bucket_edges(num_buckets, distance.device), right=True)
 
 
