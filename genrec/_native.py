@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 LIBRARY_PATH_VARIABLE = "GENREC_LIBRARY_PATH"
@@ -27,7 +27,7 @@ def library_directories() -> list[Path]:
     return list(dict.fromkeys(named + package + installed))
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_library(name: str) -> ctypes.CDLL:
     """The library `lib<name>.so`. Calls into it release the interpreter's lock.
 

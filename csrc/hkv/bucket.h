@@ -76,28 +76,31 @@ struct Candidate {
   uint64_t score;
   uint32_t step;
   int64_t slot;  // bucket * 128 + slot; -1 for none
+  int64_t key;
 
-  // The total order (score, step, slot): the least goes first.
+  // The total order (score, step, mixed key): the least goes first. Ties are broken by the key, not by the slot, so that
+  // a table that was saved and loaded, or grew, goes on as if it had not.
   GENREC_HOST_DEVICE bool before(const Candidate& other) const {
     if (other.slot < 0) return slot >= 0;
     if (slot < 0) return false;
     if (score != other.score) return score < other.score;
     if (step != other.step) return step < other.step;
-    return slot < other.slot;
+    return mix64(static_cast<uint64_t>(key)) < mix64(static_cast<uint64_t>(other.key));
   }
 };
 
 // The least of a bucket's occupied slots with a row position in [first, last) and a step below `pin_floor`.
 GENREC_HOST_DEVICE inline Candidate least_slot(const IndexView& view, uint64_t b, uint32_t pin_floor, int first,
                                                int last) {
-  Candidate best{0, 0, -1};
+  Candidate best{0, 0, -1, 0};
+  const int64_t* keys = view.keys(b);
   const uint8_t* digests = view.digests(b);
   const uint32_t* steps = view.steps(b);
   for (int s = 0; s < kBucketSlots; ++s) {
     if (digests[s] == 0 || steps[s] >= pin_floor) continue;
     const int position = view.position(b, s);
     if (position < first || position >= last) continue;
-    const Candidate candidate{view.score(b, s), steps[s], static_cast<int64_t>(b) * kBucketSlots + s};
+    const Candidate candidate{view.score(b, s), steps[s], static_cast<int64_t>(b) * kBucketSlots + s, keys[s]};
     if (candidate.before(best)) best = candidate;
   }
   return best;

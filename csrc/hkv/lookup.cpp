@@ -207,7 +207,7 @@ void Table::promote(const genrec_hkv_batch& batch, Partition& part, int64_t slot
   const int s = static_cast<int>(slot % kBucketSlots);
   const StoreView& store = store_.view();
   uint8_t* positions = view_.positions(bucket);
-  const Candidate here{view_.score(bucket, s), view_.steps(bucket)[s], slot};
+  const Candidate here{view_.score(bucket, s), view_.steps(bucket)[s], slot, view_.keys(bucket)[s]};
   for (int tier = store.tier_of(positions[s]); tier > 0; --tier) {
     int other = -1;
     for (int empty = 0; empty < kBucketSlots && other < 0; ++empty) {

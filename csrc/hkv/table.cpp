@@ -129,7 +129,8 @@ void Table::move_block(uint64_t block, const IndexView& old_view, const RowStore
   for (uint64_t b = block * unit; b < std::min((block + 1) * unit, old_view.num_buckets); ++b) {
     for (int s = 0; s < kBucketSlots; ++s) {
       if (old_view.digests(b)[s] == 0) continue;
-      order.push_back({old_view.score(b, s), old_view.steps(b)[s], static_cast<int64_t>(b) * kBucketSlots + s});
+      order.push_back({old_view.score(b, s), old_view.steps(b)[s], static_cast<int64_t>(b) * kBucketSlots + s,
+                       old_view.keys(b)[s]});
     }
   }
   if (view_.has_positions) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from genrec._native import NativeLibraryError, load_library
@@ -109,7 +109,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def library() -> ctypes.CDLL:
     """The engine, its functions declared.
 
@@ -123,7 +123,7 @@ def library() -> ctypes.CDLL:
     found = lib.genrec_hkv_abi_version()
     if found != ABI_VERSION:
         raise NativeLibraryError(
-            f"libgenrec_hkv.so has interface version {found}, this package needs {ABI_VERSION}: rebuild with `make setup`."
+            f"libgenrec_hkv.so has interface version {found}, this package needs {ABI_VERSION}: rebuild it, `make setup`."
         )
     for name, arguments in _SIGNATURES.items():
         function = getattr(lib, f"genrec_hkv_{name}")

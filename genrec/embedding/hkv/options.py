@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from genrec.embedding.config import EmbeddingTableConfig
 from genrec.embedding.hkv import _binding

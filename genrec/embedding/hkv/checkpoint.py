@@ -1,0 +1,412 @@
+"""Dynamic tables on disk: whole, incremental, as Parquet. Each rank has its files; any number of ranks loads them.
+
+A directory holds `manifest.json` and the files of one data folder that it names. A save writes a new data folder, then
+replaces the manifest in one step, then removes the old folder: killed at any moment, it leaves the previous save whole.
+Each rank writes, for each table, NumPy files of its share, sorted by mixed key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from genrec.embedding.hkv.state import (
+    check_scalars,
+    export_meta,
+    insert_state,
+    owner_rank,
+    restore_counters,
+    restore_scalars,
+    set_meta,
+    table_scalars,
+    table_state,
+)
+from genrec.embedding.hkv.table import HkvTable
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+_SEPARATE: ContextVar[bool] = ContextVar("tables_saved_separately", default=False)
+
+
+@contextlib.contextmanager
+def tables_saved_separately() -> Iterator[None]:
+    """Inside, a state_dict of sharded dynamic tables holds a marker in place of the rows, and loading accepts it.
+
+    Say so only where `save_tables` and `load_tables` carry the rows: without it a state_dict of sharded tables raises.
+    """
+    token = _SEPARATE.set(True)
+    try:
+        yield
+    finally:
+        _SEPARATE.reset(token)
+
+
+def saved_separately() -> bool:
+    """Whether the caller is inside `tables_saved_separately`."""
+    return _SEPARATE.get()
+
+
+def find_tables(module: nn.Module) -> dict[str, HkvTable]:
+    """The dynamic tables (or this rank's shares of them) in a module, by name.
+
+    Raises:
+        ValueError: Two tables share a name.
+    """
+    from genrec.embedding.hkv.collection import TableGroup
+
+    tables: dict[str, HkvTable] = {}
+    for child in module.modules():
+        if isinstance(child, TableGroup):
+            for name, table in child.tables.items():
+                if name in tables:
+                    raise ValueError(f"Two dynamic tables are named '{name}': names must differ to be saved.")
+                tables[name] = table
+    return tables
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def save_tables(
+    module: nn.Module, directory: str | Path, process_group: dist.ProcessGroup | None = None
+) -> None:  # fmt: skip
+    """Save every dynamic table of a module. All ranks call it, with the same directory on a shared file system.
+
+    Saved are keys, rows, scores, steps, optimizer state and admission counters.
+    """
+    _save(module, Path(directory), process_group, None)
+
+
+def dump_increment(
+    module: nn.Module,
+    directory: str | Path,
+    since_step: int | Mapping[str, int] | None = None,
+    since_time: float | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Save the rows updated after a step or a time. All ranks call it.
+
+    The keys and scores of all rows are written too, so that a merge also removes what was evicted in between.
+
+    Args:
+        module: The module with the tables.
+        directory: Of this increment alone.
+        since_step: Step of the tables (`HkvTable.step`) at the save onto which this will be merged; one for all or by
+            table.
+        since_time: Instead of it seconds since 1970; the dump may reach one second further back.
+        process_group: Of the ranks.
+
+    Raises:
+        ValueError: Neither or both of the two are given.
+    """
+    if (since_step is None) == (since_time is None):
+        raise ValueError("Give since_step or since_time: the increment needs the moment of the save that it extends.")
+    tables = find_tables(module)
+    if since_time is not None:
+        since = {name: table.step_at(since_time) for name, table in tables.items()}
+    elif isinstance(since_step, Mapping):
+        since = dict(since_step)
+    else:
+        assert since_step is not None
+        since = dict.fromkeys(tables, since_step)
+    _save(module, Path(directory), process_group, since)
+
+
+def _save(
+    module: nn.Module, directory: Path, group: dist.ProcessGroup | None, since: dict[str, int] | None
+) -> None:  # fmt: skip
+    rank, world_size = _rank_and_size(group)
+    tables = find_tables(module)
+    directory.mkdir(parents=True, exist_ok=True)
+    folder = directory / f"data-{_agreed_name(group, world_size)}"
+    folder.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        if table.world_size == 1 and rank > 0:
+            continue
+        state = table_state(table, None if since is None else since[name])
+        _write_state(folder, name, rank, state)
+    _sync_directory(folder)
+    _barrier(group, world_size)
+    if rank == 0:
+        manifest = {
+            "format": FORMAT,
+            "data": folder.name,
+            "since": since,
+            "tables": {name: table_scalars(table) for name, table in tables.items()},
+        }
+        _replace_manifest(directory, manifest)
+        for old in directory.glob("data-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+    _barrier(group, world_size)
+
+
+def _write_state(folder: Path, name: str, rank: int, state: dict[str, Any]) -> None:
+    for column in ("keys", "scores", "steps", "updates", "picked", "weights", "optimizer"):
+        if column in state:
+            _write_array(folder / f"{name}.{rank}.{column}.npy", state[column])
+    for column, values in state["counters"].items():
+        _write_array(folder / f"{name}.{rank}.counter_{column}.npy", values)
+
+
+def _write_array(path: Path, values: Tensor) -> None:
+    # NumPy has no bfloat16: its bits are kept.
+    array = values.view(torch.int16).numpy() if values.dtype == torch.bfloat16 else values.numpy()
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    draft = directory / f"{MANIFEST}.draft"
+    with open(draft, "w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, directory / MANIFEST)
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def load_tables(
+    module: nn.Module, directory: str | Path, process_group: dist.ProcessGroup | None = None
+) -> None:  # fmt: skip
+    """Make the dynamic tables of a module what they were at the save, by any number of ranks. All ranks call it.
+
+    Raises:
+        FileNotFoundError: The directory holds no finished save.
+        ValueError: A table is missing from it or doesn't fit, or it is an increment.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    if manifest["since"] is not None:
+        raise ValueError(f"'{directory}' is an increment: load its base with load_tables, then this by load_increment.")
+    rank, _ = _rank_and_size(process_group)
+    for name, table in find_tables(module).items():
+        scalars = _table_entry(manifest, name, directory)
+        check_scalars(table, scalars)
+        state = _read_state(directory / manifest["data"], name, scalars, table, rank)
+        table.clear()
+        restore_scalars(table, scalars)
+        insert_state(table, state, scalars["optimizer_name"] == table.config.optimizer.name)
+        restore_counters(table, state["counters"])
+
+
+def load_increment(
+    module: nn.Module, directory: str | Path, process_group: dist.ProcessGroup | None = None
+) -> None:  # fmt: skip
+    """Merge an increment into the tables, which hold the state that it extends. All ranks call it.
+
+    Raises:
+        FileNotFoundError: The directory holds no finished increment.
+        ValueError: The tables are not at (or after) the increment's base, or it is a whole save.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    if manifest["since"] is None:
+        raise ValueError(f"'{directory}' is a whole save: use load_tables.")
+    rank, _ = _rank_and_size(process_group)
+    for name, table in find_tables(module).items():
+        scalars = _table_entry(manifest, name, directory)
+        check_scalars(table, scalars)
+        if table.step < manifest["since"][name]:
+            raise ValueError(
+                f"Table '{name}' is at step {table.step}, the increment extends step {manifest['since'][name]}: load "
+                "the save of that step first."
+            )
+        state = _read_state(directory / manifest["data"], name, scalars, table, rank)
+        _merge(table, state, scalars)
+
+
+def _merge(table: HkvTable, state: dict[str, Any], scalars: dict[str, Any]) -> None:
+    present = export_meta(table)["keys"]
+    table.erase(present[~torch.isin(present, state["keys"])])
+    changed = state["keys"][state["picked"]]
+    rest = torch.ones(state["keys"].numel(), dtype=torch.bool)
+    rest[state["picked"]] = False
+    lost = int((~table.contains(state["keys"][rest])).sum())
+    if lost:
+        raise ValueError(
+            f"Table '{table.config.name}' lacks {lost} keys which the increment takes from its base: load that first."
+        )
+    table.erase(changed)
+    restore_scalars(table, scalars)
+    same_optimizer = scalars["optimizer_name"] == table.config.optimizer.name
+    insert_state(table, state, same_optimizer)
+    set_meta(table, state["keys"], state["scores"], state["steps"], state["updates"])
+    restore_counters(table, state["counters"])
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"'{directory}' holds no finished save of dynamic tables ({MANIFEST} is missing).")
+    manifest = json.loads(path.read_text())
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"'{path}' has format {manifest['format']}, this version reads {FORMAT}.")
+    return manifest
+
+
+def _table_entry(manifest: dict[str, Any], name: str, directory: Path) -> dict[str, Any]:
+    if name not in manifest["tables"]:
+        raise ValueError(f"'{directory}' has no dynamic table '{name}'; it has {sorted(manifest['tables'])}.")
+    return manifest["tables"][name]
+
+
+def _read_state(
+    folder: Path, name: str, scalars: dict[str, Any], table: HkvTable, rank: int
+) -> dict[str, Any]:  # fmt: skip
+    """This rank's share of what all ranks saved."""
+    saved = int(scalars["world_size"])
+    rank = rank if table.world_size > 1 else 0
+    sources = [rank] if saved == table.world_size else range(saved)
+    parts = [_read_share(folder, name, source, scalars["dtype"], table.world_size, rank) for source in sources]
+    offset = 0
+    for part in parts:
+        if "picked" in part:
+            part["picked"] = part["picked"] + offset
+            offset += part["keys"].numel()
+    counters = {key: torch.cat([part["counters"][key] for part in parts]) for key in parts[0]["counters"]}
+    columns = [key for key in parts[0] if key != "counters"]
+    return {"counters": counters, **{key: torch.cat([part[key] for part in parts]) for key in columns}}
+
+
+def _read_share(folder: Path, name: str, source: int, dtype: str, world_size: int, rank: int) -> dict[str, Any]:
+    """What rank `source` saved, as far as `rank` of `world_size` owns it."""
+
+    def array(column: str) -> np.ndarray:
+        return np.load(folder / f"{name}.{source}.{column}.npy", mmap_mode="r")
+
+    def picked_rows(column: str, index: Tensor) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array(column)[index.numpy()]))
+
+    keys = torch.from_numpy(np.array(array("keys")))
+    own = (owner_rank(keys, world_size) == rank).nonzero().flatten()
+    part: dict[str, Any] = {"keys": keys[own]}
+    for column in ("scores", "steps", "updates"):
+        part[column] = picked_rows(column, own)
+    rows = own
+    if (folder / f"{name}.{source}.picked.npy").is_file():
+        picked = torch.from_numpy(np.array(array("picked")))
+        rows = torch.isin(picked, own).nonzero().flatten()
+        part["picked"] = torch.searchsorted(own, picked[rows])
+    part["weights"], part["optimizer"] = picked_rows("weights", rows), picked_rows("optimizer", rows)
+    if dtype == "bf16":
+        part["weights"] = part["weights"].view(torch.bfloat16)
+    counted = torch.from_numpy(np.array(array("counter_keys")))
+    mine = (owner_rank(counted, world_size) == rank).nonzero().flatten()
+    part["counters"] = {column: picked_rows(f"counter_{column}", mine) for column in ("keys", "counts", "steps")}
+    return part
+
+
+# Parquet --------------------------------------------------------------------------------------------------------------
+
+
+def export_parquet(
+    module: nn.Module, table_name: str, directory: str | Path, process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Write a table's keys and rows to `directory/part-<rank>.parquet`: columns key (int64), row (list of fp32).
+
+    All ranks call it. Rows are those of training; files are replaced whole.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rank, world_size = _rank_and_size(process_group)
+    table = _named(module, table_name)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if table.world_size > 1 or rank == 0:
+        meta = export_meta(table)
+        weights, _ = table.read_rows(meta["rows"])
+        values = pa.FixedSizeListArray.from_arrays(pa.array(weights.flatten().numpy()), table.config.dim)
+        draft = directory / f".part-{rank:05d}.draft"
+        pq.write_table(pa.table({"key": meta["keys"].numpy(), "row": values}), draft)
+        os.replace(draft, directory / f"part-{rank:05d}.parquet")
+    _barrier(process_group, world_size)
+
+
+def import_parquet(
+    module: nn.Module, table_name: str, path: str | Path, process_group: dist.ProcessGroup | None = None
+) -> int:
+    """Put pretrained rows into a table, each into the rank that owns it; rows of other keys stay. All ranks call it.
+
+    Args:
+        module: The module with the table.
+        table_name: Of the table.
+        path: A Parquet file, or a directory of them, with columns key (int64) and row (lists as wide as the table).
+        process_group: Of the ranks.
+
+    Returns:
+        Rows that this rank took.
+
+    Raises:
+        ValueError: The rows are not as wide as the table's.
+    """
+    import pyarrow.dataset as ds
+
+    rank, _ = _rank_and_size(process_group)
+    table = _named(module, table_name)
+    rank = rank if table.world_size > 1 else 0
+    taken = 0
+    for batch in ds.dataset(path, format="parquet").to_batches(columns=["key", "row"]):
+        keys = torch.from_numpy(batch.column("key").to_numpy().astype(np.int64))
+        rows = np.asarray(batch.column("row").flatten(), dtype=np.float32)
+        if rows.size != keys.numel() * table.config.dim:
+            raise ValueError(f"'{path}': rows are not {table.config.dim} wide, as table '{table_name}' is.")
+        own = owner_rank(keys, table.world_size) == rank
+        table.insert_or_assign(keys[own], torch.from_numpy(rows.reshape(keys.numel(), -1)[own.numpy()].copy()))
+        taken += int(own.sum())
+    return taken
+
+
+def _named(module: nn.Module, name: str) -> HkvTable:
+    tables = find_tables(module)
+    if name not in tables:
+        raise ValueError(f"The module has no dynamic table '{name}'; it has {sorted(tables)}.")
+    return tables[name]
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _agreed_name(group: dist.ProcessGroup | None, world_size: int) -> str:
+    name = [uuid.uuid4().hex]
+    if world_size > 1:
+        dist.broadcast_object_list(name, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return name[0]
+
+
+def _barrier(group: dist.ProcessGroup | None, world_size: int) -> None:
+    if world_size > 1:
+        dist.barrier(group)

@@ -1,0 +1,495 @@
+"""Dynamic tables in TorchRec's DistributedModelParallel: row-wise, each key on the rank that `owner_rank` names.
+
+Input and output distributions are TorchRec's own. Keys are mixed before FBGEMM's bucketize op, which then takes the
+remainder of the unsigned number, and turned back after the exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList, ShardedEmbeddingModule
+from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingDist
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist, RwSparseFeaturesDist
+from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
+from torchrec.distributed.types import (
+    Awaitable,
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    LazyAwaitable,
+    ModuleSharder,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingPlan,
+    ShardingType,
+    ShardMetadata,
+)
+from torchrec.optim.fused import FusedOptimizerModule
+from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.streamable import Multistreamable
+
+from genrec.embedding.config import EmbeddingTableConfig
+from genrec.embedding.hkv._binding import Options
+from genrec.embedding.hkv.checkpoint import saved_separately
+from genrec.embedding.hkv.collection import (
+    DynamicEmbeddingBagCollection,
+    DynamicEmbeddingCollection,
+    TableGroup,
+    _DynamicCollection,
+    split_features,
+)
+from genrec.embedding.hkv.options import BUCKET_SLOTS, HkvOptions, engine_options, state_floats
+from genrec.embedding.hkv.state import insert_state, load_table_state, mix_keys, owner_rank, table_state
+
+
+@dataclass
+class DynamicShardingContext(Multistreamable):
+    """What a batch's way back needs: one TorchRec context for each exchange, and the keys of this rank's own batch."""
+
+    sharding_contexts: list[Any] = field(default_factory=list)
+    features: list[KeyedJaggedTensor] = field(default_factory=list)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the tensors."""
+        for context in self.sharding_contexts:
+            context.record_stream(stream)
+        for features in self.features:
+            features.record_stream(stream)
+
+
+class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardingContext], FusedOptimizerModule):
+    """What both sharded collections share: this rank's shares of the tables, the exchange of keys, the state."""
+
+    def __init__(self, module: _DynamicCollection, env: ShardingEnv, device: torch.device | None) -> None:
+        super().__init__()
+        if device is not None and device.type != "cpu":
+            raise NotImplementedError(
+                f"Dynamic tables were to be sharded on '{device}', but they have a CPU engine only; the CUDA engine is "
+                "not there yet. Train on CPUs (gloo), or choose embedding backend 'fbgemm'."
+            )
+        assert env.process_group is not None, "row-wise sharding needs a process group"
+        self._pg: dist.ProcessGroup = env.process_group
+        self._configs = module.table_configs()
+        # All ranks must start rows alike, whatever their own random state.
+        seed = torch.tensor([module.seed])
+        dist.broadcast(seed, src=dist.get_global_rank(self._pg, 0), group=self._pg)
+        self.group = TableGroup(self._configs, int(seed), self._pg.size(), module.PREFIX)
+        self._take_rows(module)
+        self._features: list[list[str]] = [
+            [name for config in configs for name in config.feature_names] for configs in self._exchanges()
+        ]
+        self._input_dists = [self._input_dist_module(len(names)) for names in self._features]
+
+    def _exchanges(self) -> list[list[EmbeddingTableConfig]]:
+        """The tables whose keys travel together."""
+        raise NotImplementedError
+
+    def _context(self, features: KeyedJaggedTensor, input_dist: RwSparseFeaturesDist) -> Any:
+        raise NotImplementedError
+
+    def _input_dist_module(self, num_features: int) -> RwSparseFeaturesDist:
+        raise NotImplementedError
+
+    def _take_rows(self, module: _DynamicCollection) -> None:
+        """This rank's share of what the unsharded tables already hold."""
+        rank, world_size = self._pg.rank(), self._pg.size()
+        for name, table in self.group.tables.items():
+            if len(module.tables[name]) == 0:
+                continue
+            state = table_state(module.tables[name])
+            own = (owner_rank(state["keys"], world_size) == rank).nonzero().flatten()
+            share = {k: v[own] for k, v in state.items() if k not in ("counters", "scalars")}
+            table.step, table.optimizer_step = module.tables[name].step, module.tables[name].optimizer_step
+            insert_state(table, share, same_optimizer=True)
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """This rank's shares of the tables, by name."""
+        return self.group.tables
+
+    @property
+    def fused_optimizer(self) -> KeyedOptimizer:
+        """Learning rates of the tables; the rows' optimizers run in the backward pass."""
+        return self.group.fused_optimizer
+
+    def metrics(self) -> dict[str, float]:
+        """`HkvTable.metrics` of this rank's shares, as "<table>/<metric>"."""
+        return self.group.metrics()
+
+    def create_context(self) -> DynamicShardingContext:
+        """An empty context, for one batch."""
+        return DynamicShardingContext()
+
+    def input_dist(  # type: ignore[override]
+        self, ctx: DynamicShardingContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Send each key to its owner."""
+        awaitables = []
+        with torch.no_grad():
+            for names, input_dist in zip(self._features, self._input_dists, strict=True):
+                own = _select(features, names)
+                mixed = KeyedJaggedTensor(
+                    own.keys(), mix_keys(own.values()), own.weights_or_none(), lengths=own.lengths(),
+                    stride=own.stride(),
+                )  # fmt: skip
+                awaitables.append(input_dist(mixed))
+                ctx.features.append(own)
+                ctx.sharding_contexts.append(self._context(mixed, input_dist))
+        return KJTListSplitsAwaitable(awaitables, ctx)
+
+    def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
+        """None: rows are no parameters, so data parallelism leaves them alone."""
+        return iter(())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The whole tables with one rank; with more a marker, where the rows are saved beside the state_dict.
+
+        Raises:
+            RuntimeError: The state_dict would lose the rows.
+        """
+        if self._pg.size() == 1:
+            return {name: table_state(table) for name, table in self.tables.items()}
+        if saved_separately():
+            return {"external": True, "tables": sorted(self.tables)}
+        raise RuntimeError(
+            f"A state_dict would lose the rows of the sharded dynamic tables {sorted(self.tables)}: each rank holds a "
+            "part of them. Save them with genrec.embedding.hkv.save_tables(module, directory), and take the "
+            "state_dict inside `with genrec.embedding.hkv.tables_saved_separately():`."
+        )
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take the rows of an unsharded state_dict (each rank its own), or accept the marker.
+
+        Raises:
+            RuntimeError: The state holds no rows, and nobody said that they are loaded separately.
+        """
+        if state.get("external"):
+            if saved_separately():
+                return
+            raise RuntimeError(
+                "This state_dict holds no rows of dynamic tables. Load them with genrec.embedding.hkv.load_tables"
+                "(module, directory), and the state_dict inside `with tables_saved_separately():`."
+            )
+        rank, world_size = self._pg.rank(), self._pg.size()
+        for name, table in self.tables.items():
+            whole = state[name]
+            own = owner_rank(whole["keys"], world_size) == rank
+            counted = owner_rank(whole["counters"]["keys"], world_size) == rank
+            share = {k: v[own] for k, v in whole.items() if k not in ("counters", "scalars")}
+            share["counters"] = {k: v[counted] for k, v in whole["counters"].items()}
+            load_table_state(table, {**share, "scalars": whole["scalars"]})
+
+    def _rows(self, dist_input: KeyedJaggedTensor, config: EmbeddingTableConfig) -> tuple[list[JaggedTensor], Tensor]:
+        """The features of a table as they came from all ranks, and their keys."""
+        parts = split_features(dist_input, config.feature_names)
+        values = [part.values() for part in parts]
+        return parts, mix_keys(values[0] if len(values) == 1 else torch.cat(values), inverse=True)
+
+
+class ShardedDynamicEmbeddingCollection(_Sharded):
+    """One rank of a row-wise `DynamicEmbeddingCollection`. Tables of one width share an exchange."""
+
+    def __init__(self, module: DynamicEmbeddingCollection, env: ShardingEnv, device: torch.device | None) -> None:
+        super().__init__(module, env, device)
+        self._output_dists = [RwSequenceEmbeddingDist(self._pg, len(names), device) for names in self._features]
+
+    def _exchanges(self) -> list[list[EmbeddingTableConfig]]:
+        by_dim: dict[int, list[EmbeddingTableConfig]] = {}
+        for config in self._configs:
+            by_dim.setdefault(config.dim, []).append(config)
+        return list(by_dim.values())
+
+    def _input_dist_module(self, num_features: int) -> RwSparseFeaturesDist:
+        return _features_dist(self._pg, num_features, is_sequence=True)
+
+    def _context(self, features: KeyedJaggedTensor, input_dist: RwSparseFeaturesDist) -> SequenceShardingContext:
+        return SequenceShardingContext(
+            features_before_input_dist=features, unbucketize_permute_tensor=input_dist.unbucketize_permute_tensor
+        )
+
+    def compute(self, ctx: DynamicShardingContext, dist_input: KJTList) -> list[Tensor]:
+        """Rows of the keys that all ranks sent here, in their order: (keys, dim) for each exchange."""
+        out = []
+        for context, features, configs in zip(ctx.sharding_contexts, dist_input, self._exchanges(), strict=True):
+            context.lengths_after_input_dist = features.lengths().view(-1, features.stride())
+            rows = []
+            for config in configs:
+                _, keys = self._rows(features, config)
+                rows.append(self.group.embed(config.name, keys))
+            out.append(rows[0] if len(rows) == 1 else torch.cat(rows))
+        return out
+
+    def output_dist(self, ctx: DynamicShardingContext, output: list[Tensor]) -> LazyAwaitable[dict[str, JaggedTensor]]:
+        """Send the rows back."""
+        awaitables = [
+            output_dist(rows, context)
+            for output_dist, rows, context in zip(self._output_dists, output, ctx.sharding_contexts, strict=True)
+        ]
+        return _SequenceAwaitable(awaitables, ctx.features)
+
+    @property
+    def unsharded_module_type(self) -> type[nn.Module]:
+        """DynamicEmbeddingCollection."""
+        return DynamicEmbeddingCollection
+
+
+class ShardedDynamicEmbeddingBagCollection(_Sharded):
+    """One rank of a row-wise `DynamicEmbeddingBagCollection`: ranks sum what they own, then the sums are added."""
+
+    def __init__(self, module: DynamicEmbeddingBagCollection, env: ShardingEnv, device: torch.device | None) -> None:
+        super().__init__(module, env, device)
+        self._pooling, self._is_weighted = module.pooling, module.is_weighted
+        self._dims = [config.dim for config in self._configs for _ in config.feature_names]
+        self._output_dists = [RwPooledEmbeddingDist(self._pg, self._dims)]
+
+    def _exchanges(self) -> list[list[EmbeddingTableConfig]]:
+        return [self._configs]
+
+    def _input_dist_module(self, num_features: int) -> RwSparseFeaturesDist:
+        return _features_dist(self._pg, num_features, is_sequence=False)
+
+    def _context(self, features: KeyedJaggedTensor, input_dist: RwSparseFeaturesDist) -> EmbeddingShardingContext:
+        return EmbeddingShardingContext()
+
+    def compute(self, ctx: DynamicShardingContext, dist_input: KJTList) -> list[Tensor]:
+        """(bags of all ranks, sum of dims): sums over the keys that this rank owns."""
+        (features,) = dist_input
+        values = []
+        for config in self._configs:
+            parts, keys = self._rows(features, config)
+            lengths = torch.cat([part.lengths() for part in parts]).to(torch.int64)
+            weights = torch.cat([part.weights() for part in parts]) if self._is_weighted else None
+            pooled = self.group.pool(config.name, keys, lengths, weights)
+            values.extend(pooled.split([part.lengths().numel() for part in parts]))
+        return [torch.cat(values, dim=1)]
+
+    def output_dist(self, ctx: DynamicShardingContext, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
+        """Add the ranks' sums, each rank's bags to where they came from."""
+        awaitable = self._output_dists[0](output[0], ctx.sharding_contexts[0])
+        pooling = [self._pooling[config.name] for config in self._configs for _ in config.feature_names]
+        return _PooledAwaitable(awaitable, ctx.features[0], self._dims, pooling)
+
+    @property
+    def unsharded_module_type(self) -> type[nn.Module]:
+        """DynamicEmbeddingBagCollection."""
+        return DynamicEmbeddingBagCollection
+
+
+class _SequenceAwaitable(LazyAwaitable[dict[str, JaggedTensor]]):
+    def __init__(self, rows: list[Awaitable[Tensor]], features: list[KeyedJaggedTensor]) -> None:
+        super().__init__()
+        self._rows, self._features = rows, features
+
+    def _wait_impl(self) -> dict[str, JaggedTensor]:
+        out: dict[str, JaggedTensor] = {}
+        for awaitable, features in zip(self._rows, self._features, strict=True):
+            sizes = features.length_per_key()
+            for name, values in zip(features.keys(), awaitable.wait().split(sizes), strict=True):
+                out[name] = JaggedTensor(values, lengths=features[name].lengths())
+        return out
+
+
+class _PooledAwaitable(LazyAwaitable[KeyedTensor]):
+    def __init__(
+        self, values: Awaitable[Tensor], features: KeyedJaggedTensor, dims: list[int], pooling: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self._values, self._features, self._dims, self._pooling = values, features, dims, pooling
+
+    def _wait_impl(self) -> KeyedTensor:
+        values = self._values.wait()
+        if "mean" in self._pooling:
+            lengths = self._features.lengths().view(len(self._dims), -1).clamp(min=1)
+            columns = [
+                part / count.unsqueeze(1) if pooling == "mean" else part
+                for part, count, pooling in zip(values.split(self._dims, 1), lengths, self._pooling, strict=True)
+            ]
+            values = torch.cat(columns, dim=1)
+        return KeyedTensor(self._features.keys(), self._dims, values)
+
+
+def _features_dist(pg: dist.ProcessGroup, num_features: int, is_sequence: bool) -> RwSparseFeaturesDist:
+    # Hash size 0 makes FBGEMM's op take the remainder of the unsigned key by the number of ranks.
+    return RwSparseFeaturesDist(
+        pg, num_features, [0] * num_features, is_sequence=is_sequence, keep_original_indices=True
+    )  # fmt: skip
+
+
+def _select(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
+    present = features.keys()
+    if present == names:
+        return features
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise KeyError(f"Dynamic tables look up the features {missing}, but the batch has {present}.")
+    return features.permute([present.index(name) for name in names])
+
+
+# Sharders and plans ---------------------------------------------------------------------------------------------------
+
+
+class DynamicEmbeddingCollectionSharder(ModuleSharder[DynamicEmbeddingCollection]):
+    """Makes DistributedModelParallel shard `DynamicEmbeddingCollection`."""
+
+    def shard(  # type: ignore[override]
+        self, module: DynamicEmbeddingCollection, params: EmbeddingModuleShardingPlan, env: ShardingEnv,
+        device: torch.device | None = None, module_fqn: str | None = None,
+    ) -> ShardedDynamicEmbeddingCollection:  # fmt: skip
+        """This rank's part of the module."""
+        return ShardedDynamicEmbeddingCollection(module, env, device)
+
+    @property
+    def module_type(self) -> type[DynamicEmbeddingCollection]:
+        """What it shards."""
+        return DynamicEmbeddingCollection
+
+    def shardable_parameters(self, module: DynamicEmbeddingCollection) -> dict[str, nn.Parameter]:
+        """None that TorchRec's planner may place: `add_dynamic_tables` writes the plan."""
+        return {}
+
+
+class DynamicEmbeddingBagCollectionSharder(ModuleSharder[DynamicEmbeddingBagCollection]):
+    """Makes DistributedModelParallel shard `DynamicEmbeddingBagCollection`."""
+
+    def shard(  # type: ignore[override]
+        self, module: DynamicEmbeddingBagCollection, params: EmbeddingModuleShardingPlan, env: ShardingEnv,
+        device: torch.device | None = None, module_fqn: str | None = None,
+    ) -> ShardedDynamicEmbeddingBagCollection:  # fmt: skip
+        """This rank's part of the module."""
+        return ShardedDynamicEmbeddingBagCollection(module, env, device)
+
+    @property
+    def module_type(self) -> type[DynamicEmbeddingBagCollection]:
+        """What it shards."""
+        return DynamicEmbeddingBagCollection
+
+    def shardable_parameters(self, module: DynamicEmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        """None that TorchRec's planner may place: `add_dynamic_tables` writes the plan."""
+        return {}
+
+
+def dynamic_sharders() -> list[ModuleSharder[Any]]:
+    """The sharders of dynamic tables, for DistributedModelParallel beside TorchRec's own."""
+    return [DynamicEmbeddingCollectionSharder(), DynamicEmbeddingBagCollectionSharder()]
+
+
+def dynamic_collections(module: nn.Module) -> dict[str, _DynamicCollection]:
+    """The unsharded collections of dynamic tables in a module, by their path."""
+    return {path: child for path, child in module.named_modules() if isinstance(child, _DynamicCollection)}
+
+
+def add_dynamic_tables(plan: ShardingPlan, module: nn.Module, world_size: int, device: str = "cpu") -> ShardingPlan:
+    """Enter every collection of dynamic tables into a plan, row-wise over all ranks.
+
+    Args:
+        plan: Made by TorchRec's planner for the rest of the module; changed in place.
+        module: The module that DistributedModelParallel will wrap.
+        world_size: Ranks.
+        device: Of the ranks.
+
+    Returns:
+        The plan.
+    """
+    for path, collection in dynamic_collections(module).items():
+        plan.plan[path] = EmbeddingModuleShardingPlan(
+            {config.name: _parameter_sharding(config, world_size, device) for config in collection.table_configs()}
+        )
+    return plan
+
+
+def _parameter_sharding(config: EmbeddingTableConfig, world_size: int, device: str) -> ParameterSharding:
+    rows = rank_capacity(config, world_size)
+    shards = [
+        ShardMetadata([rows * rank, 0], [rows, config.dim], f"rank:{rank}/{device}") for rank in range(world_size)
+    ]
+    return ParameterSharding(
+        sharding_type=ShardingType.ROW_WISE.value,
+        compute_kernel=EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
+        ranks=list(range(world_size)),
+        sharding_spec=EnumerableShardingSpec(shards),
+    )
+
+
+def rank_capacity(config: EmbeddingTableConfig, world_size: int) -> int:
+    """Slots of one rank's share when it is fully grown."""
+    options = engine_options(config, HkvOptions.from_config(config), 0, world_size)
+    return int(options.max_buckets) * BUCKET_SLOTS
+
+
+@dataclass(frozen=True)
+class TableBytes:
+    """Memory of one rank's share of a table, fully grown.
+
+    Attributes:
+        index: Keys, scores and counters.
+        fast: Rows of the fast tier.
+        overflow: Rows of the overflow tier.
+        file: Rows on disk.
+    """
+
+    index: int
+    fast: int
+    overflow: int
+    file: int
+
+
+def table_bytes(config: EmbeddingTableConfig, world_size: int = 1) -> TableBytes:
+    """What one rank's share of a table takes when it is fully grown."""
+    options = HkvOptions.from_config(config)
+    engine: Options = engine_options(config, options, 0, world_size)
+    buckets = int(engine.max_buckets)
+    scored, tiered = options.score in ("lfu", "epoch_lfu", "custom"), engine.fast_positions < BUCKET_SLOTS
+    slot = 1 + 8 + 4 + 4 + 4 + (8 if scored else 0) + (1 if tiered else 0)
+    counters = 16 * int(engine.admission_ways) * buckets if options.admission_threshold > 1 else 0
+    row = config.dim * (4 if config.dtype == "fp32" else 2) + 4 * state_floats(config.optimizer.name, config.dim)
+    fast, overflow = int(engine.fast_positions), int(engine.overflow_positions)
+    file = BUCKET_SLOTS - fast - overflow
+    return TableBytes(
+        slot * BUCKET_SLOTS * buckets + counters, fast * row * buckets, overflow * row * buckets, file * row * buckets
+    )
+
+
+def reserve_bytes(tables: Iterable[EmbeddingTableConfig] | Mapping[str, _DynamicCollection], world_size: int) -> int:
+    """Memory to set aside on each rank for dynamic tables before TorchRec's planner places the others.
+
+    Args:
+        tables: Configs, or collections as `dynamic_collections` returns them.
+        world_size: Ranks.
+    """
+    configs = [c for m in tables.values() for c in m.table_configs()] if isinstance(tables, Mapping) else list(tables)
+    sizes = [table_bytes(config, world_size) for config in configs]
+    return math.ceil(sum(size.index + size.fast + size.overflow for size in sizes))
+
+
+def planner_storage(tables: Iterable[EmbeddingTableConfig] | Mapping[str, _DynamicCollection], world_size: int) -> Any:
+    """A TorchRec StorageReservation that sets the dynamic tables' memory aside, for EmbeddingShardingPlanner.
+
+    It takes what TorchRec's own heuristic takes, and the tables' bytes from each rank's host memory.
+    """
+    from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
+
+    taken = reserve_bytes(tables, world_size)
+
+    class DynamicTableReservation(HeuristicalStorageReservation):
+        """Sets dynamic tables' memory aside."""
+
+        def reserve(self, topology: Any, *args: Any, **kwargs: Any) -> Any:
+            reserved = super().reserve(topology, *args, **kwargs)
+            for device in reserved.devices:
+                device.storage.ddr -= taken
+                if device.storage.ddr < 0:
+                    raise MemoryError(
+                        f"Dynamic tables take {taken:,} bytes on each rank, more than rank {device.rank} has left: "
+                        "lower their capacity, or use more ranks."
+                    )
+            return reserved
+
+    return DynamicTableReservation(percentage=0.15)
