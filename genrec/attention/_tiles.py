@@ -21,8 +21,8 @@ from torch import Tensor
 
 from genrec.attention.spec import BUCKET_WIDTH, AttentionMask, RelativeBias, time_bucket_edges
 
-TILE_ELEMENTS = 2**18
-"""Scores of a tile, all heads: its few copies fit a core's cache."""
+TILE_ELEMENTS = 2**19
+"""Scores of a tile, all heads: large enough to pay for its calls, and its few copies stay near the caches."""
 TILE_ROWS = 64
 """Fewest rows of a tile: shorter ones save no more work under a causal mask than they cost in calls."""
 WASTE_ELEMENTS = 2**16
