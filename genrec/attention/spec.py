@@ -97,8 +97,8 @@ def _bucket_edges(num_buckets: int) -> tuple[int, ...]:
     edges = []
     for bucket in range(1, num_buckets):
         power = BUCKET_WIDTH * bucket
-        # exp(43.6) is about 2^63: no int64 distance reaches farther, so later edges are never met.
-        edges.append(math.ceil(math.exp(power)) if power < 43.6 else torch.iinfo(torch.int64).max)
+        # exp(43.668) is about 2^63: no int64 distance reaches farther, so later edges are never met.
+        edges.append(math.ceil(math.exp(power)) if power < 43.668 else torch.iinfo(torch.int64).max)
     return tuple(edges)
 
 
