@@ -81,6 +81,7 @@ int32_t genrec_hkv_gather(genrec_hkv_table table, const int64_t* rows, const int
                           const int32_t* positions, int64_t unique, const float* missing, int32_t threads, float* out) {
   return locked(table, [&](Table& t) {
     const Segments batch{rows, keys, offsets, positions};
+    advise_large_pages(out, 4 * static_cast<size_t>(offsets[unique]) * t.store().dim);
     chunked(unique, threads, [&](int64_t begin, int64_t end) {
       kernels().gather(t.store(), t.initializer(), missing, batch, begin, end, out);
     });
@@ -90,6 +91,7 @@ int32_t genrec_hkv_gather(genrec_hkv_table table, const int64_t* rows, const int
 int32_t genrec_hkv_gather_positions(genrec_hkv_table table, const int64_t* rows_at, const int64_t* keys, int64_t n,
                                     const float* missing, int32_t threads, float* out) {
   return locked(table, [&](Table& t) {
+    advise_large_pages(out, 4 * static_cast<size_t>(n) * t.store().dim);
     chunked(n, threads, [&](int64_t begin, int64_t end) {
       kernels().gather_positions(t.store(), t.initializer(), missing, rows_at, keys, begin, end, out);
     });
@@ -100,6 +102,7 @@ int32_t genrec_hkv_pool(genrec_hkv_table table, const int64_t* rows_at, const in
                         const int64_t* bag_offsets, int64_t bags, const float* weights, const float* missing,
                         int32_t threads, float* out) {
   return locked(table, [&](Table& t) {
+    advise_large_pages(out, 4 * static_cast<size_t>(bags) * t.store().dim);
     chunked(bags, threads, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(static_cast<size_t>(t.store().dim));
       kernels().pool(t.store(), t.initializer(), missing, rows_at, keys, bag_offsets, weights, begin, end,

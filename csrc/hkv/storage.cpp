@@ -55,6 +55,13 @@ void Arena::zero() {
   }
 }
 
+void advise_large_pages(void* memory, size_t bytes) {
+  constexpr uintptr_t kLarge = uintptr_t{2} << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLarge * kLarge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
 RowStore::RowStore(uint64_t num_buckets, const StoreView& shape, const std::string& directory) : view_(shape) {
   for (int tier = 0; tier < shape.tiers; ++tier) {
     const size_t rows = num_buckets * static_cast<size_t>(shape.first[tier + 1] - shape.first[tier]);

@@ -70,6 +70,10 @@ class Arena {
   int file_ = -1;
 };
 
+// Asks for large pages for a result that is about to be written for the first time: a fresh block of tens of megabytes
+// costs more in page faults than in copying.
+void advise_large_pages(void* memory, size_t bytes);
+
 // The arenas of one table for a given number of buckets.
 class RowStore {
  public:

@@ -1,7 +1,7 @@
 """Dynamic tables (backend "hkv"): any int64 key; rows appear on first use and leave by score when a table is full.
 
-The engine is csrc/hkv; its layout and semantics follow NVIDIA's HierarchicalKV where docs/dynamic-embeddings.md does not
-say otherwise.
+The engine is csrc/hkv. Layout and semantics are those of NVIDIA's HierarchicalKV, except as
+docs/dynamic-embeddings.md says.
 """
 
 from genrec.embedding.hkv.checkpoint import (

@@ -123,7 +123,7 @@ def library() -> ctypes.CDLL:
     found = lib.genrec_hkv_abi_version()
     if found != ABI_VERSION:
         raise NativeLibraryError(
-            f"libgenrec_hkv.so has interface version {found}, this package needs {ABI_VERSION}: rebuild it, `make setup`."
+            f"libgenrec_hkv.so has interface version {found}, this package needs {ABI_VERSION}: run `make setup`."
         )
     for name, arguments in _SIGNATURES.items():
         function = getattr(lib, f"genrec_hkv_{name}")
