@@ -84,6 +84,8 @@ class BackendRegistry:
         }
         self._instances: dict[str, AttentionBackend] = {}
         self._entry_points_read = False
+        self.used: set[str] = set()
+        """Names of the backends that have served a call in this process; a run keeps them in its summary."""
 
     def register(self, name: str, factory: Callable[[], AttentionBackend], *, first: bool = False) -> None:
         """Add a backend under `name`; `first` puts it before all others in the order of "auto"."""
@@ -143,6 +145,7 @@ class BackendRegistry:
         if name != "auto":
             reason = self.why_not(name, spec)
             if reason is None:
+                self.used.add(name)
                 return self.get(name)
             able = [other.name for other in self.report(spec) if other.reason is None]
             raise UnsupportedAttentionError(
@@ -150,6 +153,7 @@ class BackendRegistry:
                 f"Backends that can: {', '.join(able) or 'none'}."
             )
         chosen = self._resolve_auto(spec)
+        self.used.add(chosen)
         return self.get(chosen)
 
     def _resolve_auto(self, spec: AttentionSpec) -> str:
