@@ -82,7 +82,7 @@ def target_ranks(
 def top_items(
     query: Tensor, items: Tensor, k: int, *, bias: Tensor | None = None, seen: Seen | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k best items of each case.
+    """The k best items of each case; items of equal scores stand in any order.
 
     Args:
         query: (C, D).

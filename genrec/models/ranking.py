@@ -138,8 +138,10 @@ class HSTURanking(RankingModel):
     Args:
         num_items: V.
         tasks: As in `RankingModel`.
-        num_layers, num_heads, qk_dim, v_dim, form, relative_bias, dropout, attention_dropout, window,
-        attention_backend, layer_backend, recompute: As in `HSTUConfig`.
+        num_layers, num_heads, qk_dim, v_dim, form, dropout, attention_dropout, window, attention_backend,
+        layer_backend, recompute: As in `HSTUConfig`.
+        relative_bias: As in `HSTUConfig`; None: "time" in the paper's form, "none" in production's. A position bias
+            would make a candidate's score depend on its place among the candidates.
         hstu_options: Any other field of `HSTUConfig`, by name.
         options: As in `RankingModel`.
 
@@ -168,6 +170,8 @@ class HSTURanking(RankingModel):
         **options: Any,
     ) -> None:
         super().__init__(num_items, tasks, **options)
+        if relative_bias is None and form == "paper":
+            relative_bias = "time"
         config = HSTUConfig(
             self.hidden_dim, num_layers, num_heads, qk_dim, v_dim, self.max_tokens, form,
             relative_bias=relative_bias, dropout=dropout, attention_dropout=attention_dropout, window=window,
