@@ -305,8 +305,8 @@ def _timestamps(
         times = gaps * torch.where(torch.rand(len(gaps), generator=draw) < 0.5, -1, 1)
     else:
         times = torch.cat([part.cumsum(0) for part in gaps.split(kv_lengths)]) + 1_000_000_000 if kv_lengths else gaps
-    if not case.query_times:
-        return times, None
+    if not case.query_times or not kv_lengths:
+        return times, times if case.query_times else None
     last = [part[len(part) - n :] for part, n in zip(times.split(kv_lengths), q_lengths, strict=True)]
     later = torch.randint(0, 100_000, (sum(q_lengths),), generator=draw)
     return times, torch.cat(last) + later
