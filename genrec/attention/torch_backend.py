@@ -317,7 +317,8 @@ def _scatter(into: Tensor, padded: Tensor, rows: Tensor, kept: Tensor | None) ->
 
 def _kept(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
     """0 with probability `dropout`, else 1 / (1 - dropout)."""
-    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    # On a CPU uniform numbers come several times faster than Bernoulli ones.
+    return torch.empty_like(like).uniform_(generator=generator).ge_(dropout).div_(1 - dropout)
 
 
 def _diagonal_sums(x: Tensor) -> Tensor:
