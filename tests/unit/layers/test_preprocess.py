@@ -349,3 +349,24 @@ def test_max_tokens_covers_what_is_made() -> None:
     for config in (PreprocessorConfig(1), PreprocessorConfig(1, action_feature="action", contextual_features=["sex"])):
         tokens = SequencePreprocessor(config)(_embeddings(), _batch())
         assert tokens.seq_offsets.diff().max() <= tokens.max_seqlen == config.max_tokens(4)
+
+
+def test_no_candidate_sees_the_time_of_another() -> None:
+    torch.manual_seed(0)
+    preprocessor = SequencePreprocessor(
+        PreprocessorConfig(hidden_dim=8, action_feature="action", max_positions=20)
+    ).double()
+    stack = HSTUStack(HSTUConfig(hidden_dim=8, max_seqlen=20, dropout=0.0, attention_backend="torch")).double()
+    embeddings = {name: _jagged(torch.randn(8, 8, dtype=torch.float64), LENGTHS) for name in ("item", "action")}
+
+    def scores(row: int | None) -> Tensor:
+        times = TIMES.clone()
+        if row is not None:
+            times[row] += 10_000
+        batch = replace(_batch(asked=False), timestamps=times)
+        tokens = preprocessor(embeddings, batch)
+        return preprocessor.outputs(stack(tokens.x, tokens), tokens)
+
+    before = scores(None)
+    for candidate, row in enumerate((2, 3, 7)):
+        assert (scores(row) != before).any(1).nonzero().flatten().tolist() == [candidate]
