@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -246,3 +249,10 @@ def test_state_dict_does_not_know_the_backend() -> None:
     names = set(HSTULayer(BASE).state_dict())
     assert names == {"uvqk.weight", "relative_bias.position_weight", "relative_bias.time_weight", "output.weight",
                      "output.bias"}  # fmt: skip
+
+
+def test_layers_import_no_lightning() -> None:
+    code = "import sys, genrec.attention, genrec.layers, genrec.backends; print('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.stdout.split()[-1] == "False"
