@@ -1,5 +1,6 @@
-// Frequency admission: a key gets a row after n sightings. The counters are bounded: each bucket of the table has a set of
-// `ways` of them, and a full set forgets the least (count, step, way). A counted key that has no row is known to have none.
+// Frequency admission: a key gets a row after n sightings. The counters are bounded: sets of `ways`, as many sets as the
+// fully grown table has buckets; a full set forgets the least (count, step, way). They are the memory of keys that have no
+// row: no other trace of such a key is kept.
 #pragma once
 
 #include <algorithm>
@@ -22,10 +23,10 @@ class AdmissionCounters {
   uint64_t sets() const { return sets_; }
 
   // Adds sightings and returns the key's count. A key counts once in a step, so that a repeated attempt adds nothing.
-  uint32_t count(uint64_t set, int64_t key, uint32_t sightings, uint32_t step) {
-    Entry* entry = find(set, key);
+  uint32_t count(int64_t key, uint32_t sightings, uint32_t step) {
+    Entry* entry = find(key);
     if (entry == nullptr) {
-      entry = least(set);
+      entry = least(key);
       *entry = {key, 0, 0};
     }
     if (entry->step != step || entry->count == 0) {
@@ -35,14 +36,14 @@ class AdmissionCounters {
     return entry->count;
   }
 
-  void forget(uint64_t set, int64_t key) {
-    if (Entry* entry = find(set, key)) *entry = Entry{};
+  void forget(int64_t key) {
+    if (Entry* entry = find(key)) *entry = Entry{};
   }
 
   // What was read from a checkpoint.
-  void restore(uint64_t set, int64_t key, uint32_t count, uint32_t step) {
-    Entry* entry = find(set, key);
-    if (entry == nullptr) entry = least(set);
+  void restore(int64_t key, uint32_t count, uint32_t step) {
+    Entry* entry = find(key);
+    if (entry == nullptr) entry = least(key);
     *entry = {key, count, step};
   }
 
@@ -62,16 +63,18 @@ class AdmissionCounters {
     uint32_t step = 0;
   };
 
-  Entry* find(uint64_t set, int64_t key) {
-    Entry* first = &entries_[set * ways_];
+  Entry* set_of(int64_t key) { return &entries_[first_bucket(mix64(static_cast<uint64_t>(key)), sets_) * ways_]; }
+
+  Entry* find(int64_t key) {
+    Entry* first = set_of(key);
     for (int32_t way = 0; way < ways_; ++way) {
       if (first[way].count != 0 && first[way].key == key) return first + way;
     }
     return nullptr;
   }
 
-  Entry* least(uint64_t set) {
-    Entry* first = &entries_[set * ways_];
+  Entry* least(int64_t key) {
+    Entry* first = set_of(key);
     return std::min_element(first, first + ways_, [](const Entry& a, const Entry& b) {
       return a.count != b.count ? a.count < b.count : a.step < b.step;
     });

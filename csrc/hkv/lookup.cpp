@@ -1,7 +1,6 @@
 // A batch of keys: find, insert, evict, promote. The batch is split by runs of buckets; a run is handled by one thread in
 // the order of the batch, so results are the same for any number of threads and any split.
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 
 #include "common/thread_pool.h"
@@ -46,7 +45,7 @@ void Table::partition(const genrec_hkv_batch& batch, int threads) {
   parts_.assign(count, Partition{});
   if (count == 1) {
     parts_[0].end = n;
-    std::memcpy(scratch_.keys.data(), batch.keys, 8 * static_cast<size_t>(n));
+    std::copy(batch.keys, batch.keys + n, scratch_.keys.begin());
     for (int64_t i = 0; i < n; ++i) scratch_.positions[i] = static_cast<int32_t>(i);
     return;
   }
@@ -185,9 +184,8 @@ bool Table::admit_misses(const genrec_hkv_batch& batch, Partition& part, int64_t
   std::sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) { return a.first < b.first; });
   for (const Group& group : groups) {
     const int64_t key = keys[group.first];
-    const uint64_t set = first_bucket(mix64(static_cast<uint64_t>(key)), view_.num_buckets);
     const uint32_t sightings = static_cast<uint32_t>(group.end - group.begin);
-    if (counters_.count(set, key, sightings, batch.step) < static_cast<uint32_t>(options_.admission_threshold)) {
+    if (counters_.count(key, sightings, batch.step) < static_cast<uint32_t>(options_.admission_threshold)) {
       scratch_.local[group.first] = add_unique(part, -1, key, 0);
       part.unadmitted += sightings;
     } else {
@@ -275,7 +273,7 @@ void Table::finish(const genrec_hkv_batch& batch, Partition& part, genrec_hkv_lo
       if (batch.flags & GENREC_HKV_UPDATE) view_.updates(bucket)[row % kBucketSlots] = batch.step;
       if (scratch_.flags[begin + u] & kNew) {
         kernels().initialize(store_.view(), init_, row, key);
-        if (counters_.enabled()) counters_.forget(first_bucket(mix64(key), view_.num_buckets), key);
+        if (counters_.enabled()) counters_.forget(key);
       }
     }
     result->rows[part.first_unique + u] = row;

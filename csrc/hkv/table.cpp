@@ -27,7 +27,10 @@ Table::Table(const genrec_hkv_options& options, std::string file_directory)
   init_ = {static_cast<InitKind>(options.init_kind), 0, options.init_seed, options.init_a, options.init_b};
   make_arenas(static_cast<uint64_t>(options.initial_buckets), &index_, &store_, &view_);
   if (options.admission_threshold > 1) {
-    counters_ = AdmissionCounters(view_.num_buckets, std::max(1, options.admission_ways));
+    // As many sets as buckets when fully grown: a set then belongs to one bucket however far the table has grown.
+    uint64_t sets = view_.num_buckets;
+    while (sets * 2 <= static_cast<uint64_t>(options.max_buckets)) sets *= 2;
+    counters_ = AdmissionCounters(sets, std::max(1, options.admission_ways));
   }
 }
 
@@ -170,13 +173,6 @@ void Table::grow(int threads) {
     size_ -= part.evicted;
     totals_.evicted += part.evicted;
     evicted_.append(part.victims);
-  }
-  if (counters_.enabled()) {
-    AdmissionCounters wider(view_.num_buckets, counters_.ways());
-    counters_.visit([&](int64_t key, uint32_t count, uint32_t step) {
-      wider.restore(first_bucket(mix64(static_cast<uint64_t>(key)), view_.num_buckets), key, count, step);
-    });
-    counters_ = std::move(wider);
   }
   ++generation_;
 }
@@ -322,10 +318,7 @@ int64_t Table::export_counters(int64_t n, int64_t* keys, uint32_t* counts, uint3
 
 void Table::restore_counters(int64_t n, const int64_t* keys, const uint32_t* counts, const uint32_t* steps) {
   if (!counters_.enabled()) return;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint64_t set = first_bucket(mix64(static_cast<uint64_t>(keys[i])), view_.num_buckets);
-    counters_.restore(set, keys[i], counts[i], steps[i]);
-  }
+  for (int64_t i = 0; i < n; ++i) counters_.restore(keys[i], counts[i], steps[i]);
 }
 
 genrec_hkv_info Table::info() const {
