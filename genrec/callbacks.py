@@ -135,7 +135,7 @@ class GracefulInterrupt(L.Callback):
 
 
 class RunFolder(L.Callback):
-    """The files of a run: config.yaml and environment.json at its start, curves.png as it goes, metrics.json at its end.
+    """The files of a run: config.yaml, environment.json, metrics.json, curves.png.
 
     Args:
         directory: The run's folder.
