@@ -23,13 +23,16 @@ def static_collections(
     groups: dict[int, list[EmbeddingTableConfig]] = {}
     for table in tables:
         groups.setdefault(table.dim, []).append(table)
-    collections = {f"dim{dim}": _collection(group, device) for dim, group in groups.items()}
+    # nn.Embedding draws rows of its own first; the generator must not notice.
+    here = torch.device(device if device is not None else "cpu")
+    with torch.random.fork_rng([here] if here.type == "cuda" else []):
+        collections = {f"dim{dim}": _collection(group, here) for dim, group in groups.items()}
     for table in tables:
         build_initializer(table.initializer, table.rows, table.dim)(_weight(collections, table))
     return collections
 
 
-def _collection(tables: list[EmbeddingTableConfig], device: torch.device | str | None) -> EmbeddingCollection:
+def _collection(tables: list[EmbeddingTableConfig], device: torch.device) -> EmbeddingCollection:
     collection = EmbeddingCollection(
         tables=[
             EmbeddingConfig(
@@ -42,7 +45,7 @@ def _collection(tables: list[EmbeddingTableConfig], device: torch.device | str |
             )
             for table in tables
         ],
-        device=torch.device(device) if device is not None else None,
+        device=device,
     )
     for table, config in zip(tables, collection.embedding_configs(), strict=True):
         # What TorchRec calls when it shards or resets; above it must not draw, or the order of draws would differ.

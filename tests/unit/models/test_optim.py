@@ -62,8 +62,8 @@ def test_table_optimizers_are_torchs(name):
     parts, others = _parts(), _parts()
     options = {"name": name, "learning_rate": 0.02, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.05}
     _train(_combined(*parts, **options), parts, 4)
-    apart = [REFERENCES[name](others[0]), torch.optim.AdamW(
-        [{"params": [others[1]], "weight_decay": 0.1}, {"params": [others[2]], "weight_decay": 0.0}], lr=0.01)]  # fmt: skip
+    groups = [{"params": [others[1]], "weight_decay": 0.1}, {"params": [others[2]], "weight_decay": 0.0}]
+    apart = [REFERENCES[name](others[0]), torch.optim.AdamW(groups, lr=0.01)]
     for step in range(4):
         x = torch.randn(2, 5, generator=torch.Generator().manual_seed(step))
         for optimizer in apart:
