@@ -15,8 +15,12 @@ from genrec._version import __version__
 _PUBLIC: dict[str, str] = {
     "AttentionMask": "genrec.attention",
     "EmbeddingTableConfig": "genrec.embedding",
+    "HSTURanking": "genrec.models",
+    "HSTURetrieval": "genrec.models",
+    "PredictionWriter": "genrec.models",
     "RelativeBias": "genrec.attention",
     "SequenceBatch": "genrec.data",
+    "Task": "genrec.models",
     "hstu_attention": "genrec.attention",
 }
 

@@ -41,7 +41,8 @@ class SASRec(RetrievalModel):
         **options: Any,
     ) -> None:
         # Its blocks end with a LayerNorm of their own.
-        options.setdefault("output_norm", "l2" if options.get("similarity") == "cosine" else "none")
+        if options.get("output_norm") is None:
+            options["output_norm"] = "l2" if options.get("similarity") == "cosine" else "none"
         super().__init__(num_items, **options)
         self.sasrec_config = SASRecConfig(
             self.hidden_dim, num_layers, num_heads, ffn_dim, activation, norm_first, dropout, attention_dropout

@@ -51,6 +51,7 @@ class NegativeSampler(nn.Module):
         self.shared = shared
         by_count = sampling == "popularity"
         self.register_buffer("counts", torch.zeros(num_items, dtype=torch.float64) if by_count else None)
+        self._cache: dict[torch.device, tuple[tuple[int, int], Tensor, Tensor]] = {}
         if by_count and counts is not None:
             self.set_counts(counts)
 
@@ -72,6 +73,19 @@ class NegativeSampler(nn.Module):
             )
         self.counts.copy_(counts)
 
+    def _counts_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(V,) counts, none below that of the rarest item, and (V,) their running sum; kept for each device.
+
+        Batches are prepared on the host while the buffer may be on a GPU.
+        """
+        assert self.counts is not None
+        version = (self.counts._version, self.counts.data_ptr())
+        if device not in self._cache or self._cache[device][0] != version:
+            counts = self.counts.to(device)
+            floor = counts[counts > 0].min() if bool(counts.any()) else counts.new_ones(())
+            self._cache[device] = (version, counts.clamp(min=floor), counts.cumsum(0))
+        return self._cache[device][1:]
+
     def sample(self, labels: Tensor) -> Tensor:
         """(R,) ids where rows share them, else (P, R), drawn from torch's default generator.
 
@@ -85,8 +99,7 @@ class NegativeSampler(nn.Module):
             return labels[torch.randint(labels.numel(), shape, device=labels.device)]
         if self.sampling == "uniform":
             return torch.randint(self.num_items, shape, device=labels.device)
-        assert self.counts is not None
-        cumulative = self.counts.to(labels.device).cumsum(0)
+        _, cumulative = self._counts_on(labels.device)
         point = torch.rand(shape, dtype=torch.float64, device=labels.device) * cumulative[-1]
         return torch.searchsorted(cumulative, point, right=True).clamp_(max=self.num_items - 1)
 
@@ -100,9 +113,8 @@ class NegativeSampler(nn.Module):
         if self.sampling == "uniform":
             return torch.full(ids.shape, math.log(self.num_negatives / self.num_items), device=ids.device)
         if self.sampling == "popularity":
-            assert self.counts is not None
-            counts = self.counts.to(ids.device)
-            share = counts[ids].clamp(min=float(counts[counts > 0].min())) / counts.sum()
+            counts, cumulative = self._counts_on(ids.device)
+            share = counts[ids] / cumulative[-1]
         else:
             counts = torch.bincount(labels, minlength=self.num_items).double()
             share = counts[ids].clamp(min=1.0) / max(labels.numel(), 1)

@@ -50,6 +50,8 @@ def test_counts_travel_in_checkpoints():
     fresh.load_state_dict(sampler("popularity").state_dict())
     assert not fresh.needs_counts
     assert 1 not in fresh.sample(LABELS).tolist()
+    fresh.set_counts(torch.tensor([0, 1, 0, 0, 0]))
+    assert set(fresh.sample(LABELS).tolist()) == {1}
 
 
 @pytest.mark.parametrize("counts", [torch.ones(4), torch.zeros(5), torch.tensor([1, 1, 1, 1, -1])])

@@ -1,0 +1,138 @@
+"""What all models share: counts over ranks, precision, features, subclasses of a few lines."""
+
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+import genrec
+from genrec.embedding import EmbeddingTableConfig
+from genrec.models import HSTURetrieval, LossSum, MLPRanking, Task
+from tests.helpers import loader, markov_sequences, ranking_batch, retrieval_batch
+
+SMALL = {"hidden_dim": 16, "max_seqlen": 12, "dropout": 0.0, "input_dropout": 0.0}
+
+
+def trainer(**options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(accelerator="cpu", enable_model_summary=False, **{**quiet, **options})
+
+
+def test_public_names():
+    assert genrec.HSTURetrieval is HSTURetrieval
+    assert genrec.Task is Task
+
+
+def test_losses_are_divided_by_the_mean_count_of_all_ranks():
+    """Gradients averaged over ranks are then those of one batch: here rank 0 of two with 1 and 3 labels."""
+    model = HSTURetrieval(10, **SMALL)
+    asked = []
+
+    def reduce(value, reduce_op):
+        asked.append(reduce_op)
+        return (value + torch.tensor([3.0])) / 2
+
+    model._trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce=reduce))
+    mine = LossSum(torch.tensor(6.0), torch.tensor(1.0), 0.5)
+    total, parts = model.total_loss({"a": mine})
+    assert asked == ["mean"]
+    assert parts["a"] == 3.0
+    # With rank 1's total of 10: (6 + 10) / (1 + 3) * 0.5 is the mean of both ranks' losses.
+    other = 0.5 * 10 / 2
+    assert (total + other) / 2 == 0.5 * (6 + 10) / (1 + 3)
+
+
+def test_a_subclass_of_a_few_lines():
+    """As in the README: another head, another table, another loss term."""
+
+    class MyRetrieval(HSTURetrieval):
+        def __init__(self, num_items, penalty=0.1, **options):
+            self.penalty = penalty
+            super().__init__(num_items, **options)
+
+        def build_head(self):
+            return nn.Sequential(nn.Linear(self.hidden_dim, self.hidden_dim), nn.LayerNorm(self.hidden_dim))
+
+        def table_configs(self):
+            (item,) = super().table_configs()
+            return [EmbeddingTableConfig(item.name, item.dim, item.feature_names, num_embeddings=item.rows + 5)]
+
+        def loss(self, output, batch):
+            size = output.query.square().sum()
+            count = torch.tensor(float(output.query.shape[0]))
+            return {**super().loss(output, batch), "size": LossSum(size, count, self.penalty)}
+
+    L.seed_everything(0, verbose=False)
+    model = MyRetrieval(num_items=20, penalty=0.01, **SMALL)
+    run = trainer(max_epochs=2)
+    run.fit(model, loader([retrieval_batch(markov_sequences(8, 20, 6))]))
+    assert {"train/loss", "train/loss/next_item", "train/loss/size"} <= set(run.callback_metrics)
+    assert model.hparams.penalty == 0.01
+    assert model.tables.static["dim16"].embeddings["item"].weight.shape == (25, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "sampled_softmax"}, {"form": "production", "item_bias": True}])
+def test_bf16_follows_fp32(options):
+    def losses(precision):
+        L.seed_everything(0, verbose=False)
+        model = HSTURetrieval(20, **SMALL, **options)
+        run = trainer(max_epochs=5, precision=precision)
+        batch = retrieval_batch(markov_sequences(16, 20, 8))
+        run.fit(model, loader([batch]), loader([batch]))
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        return run.callback_metrics["val/loss"].item()
+
+    assert losses("bf16-mixed") == pytest.approx(losses("32-true"), rel=0.02)
+
+
+def test_features_of_other_widths_are_projected():
+    widths = {"action": 4, "genre": 3, "age": 5}
+    batch = ranking_batch(
+        [[1, 2, 3], [4, 5]], [[0, 1, 1], [1, 0]], [1, 1], torch.tensor([[1.0], [0.0]]),
+        extra={"genre": [[0, 1, 2], [2, 1]], "age": [[1], [2]]},
+    )  # fmt: skip
+    for model_class in (genrec.HSTURanking, MLPRanking):
+        model = model_class(
+            10, [Task("click")], action_feature="action", num_actions=2, side_features={"genre": 3},
+            contextual_features={"age": 4}, embedding_dims=widths, hidden_dim=16, max_seqlen=4,
+        )  # fmt: skip
+        assert {model.tables.dim(name) for name in widths} == {3, 4, 5}
+        prepared = model.prepare_batch(batch)
+        model.total_loss(model.loss(model(prepared), prepared))[0].backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_loop_without_lightning():
+    torch.manual_seed(0)
+    model = HSTURetrieval(20, learning_rate=1e-2, **SMALL).train()
+    optimizer = model.configure_optimizers()
+    batch = retrieval_batch(markov_sequences(16, 20, 8))
+    values = []
+    for _ in range(20):
+        prepared = model.prepare_batch(batch)
+        loss, _ = model.total_loss(model.loss(model(prepared), prepared))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.7 * values[0]
+
+
+def test_a_batch_that_was_not_prepared_says_what_is_missing():
+    model = HSTURetrieval(20, **SMALL)
+    with pytest.raises(KeyError, match="item_catalogue"):
+        model(retrieval_batch([[1, 2]]))
+
+
+def test_dynamic_tables_are_one_argument():
+    L.seed_everything(0, verbose=False)
+    model = HSTURetrieval(20, embedding_backend="hkv", schedule="linear", table_learning_rate=1e-2, **SMALL)
+    batch = retrieval_batch(markov_sequences(16, 20, 8))
+    run = trainer(max_epochs=10)
+    run.fit(model, loader([batch]), loader([batch]))
+    assert [(g["name"], g["lr"]) for g in run.optimizers[0].param_groups] == [("dense", 0.0), ("fused.0", 0.0)]
+    before = run.callback_metrics["val/loss"].item()
+    (fresh,) = run.validate(HSTURetrieval(20, embedding_backend="hkv", **SMALL), loader([batch]), verbose=False)
+    assert before < fresh["val/loss"] - 0.2
