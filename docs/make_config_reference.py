@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the schemas: `python docs/make_config_reference.py`. A test says when it is out of date."""
+"""Writes docs/config.md from the schemas: `python docs/make_config_reference.py`. A test keeps the page current."""
 
 from pathlib import Path
 
