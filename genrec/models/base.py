@@ -229,15 +229,22 @@ class SequenceRecommender(L.LightningModule):
             self.log_dict({f"train/loss/{name}": value for name, value in parts.items()}, batch_size=size)
         return total
 
-    def total_loss(self, losses: Mapping[str, LossSum]) -> tuple[Tensor, dict[str, Tensor]]:
+    def log_loss(self, losses: Mapping[str, LossSum], stage: str, cases: int) -> None:
+        """Log `<stage>/loss`, the mean over the cases of all batches and ranks."""
+        total, _ = self.total_loss(losses, over_ranks=False)
+        self.log(f"{stage}/loss", total, on_epoch=True, on_step=False, batch_size=max(cases, 1), sync_dist=True)
+
+    def total_loss(self, losses: Mapping[str, LossSum], over_ranks: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the mean losses, and each mean.
 
-        Over several ranks a mean's count is the mean of the ranks' counts, so that averaged gradients are those of
-        one large batch, however the labels are spread.
+        Args:
+            losses: By name.
+            over_ranks: In a run of several ranks, divide by the mean of the ranks' counts: averaged gradients are then
+                those of one large batch, however the labels are spread. All ranks must call it together.
         """
         names = list(losses)
         counts = torch.stack([losses[name].count.float() for name in names])
-        if self._trainer is not None and self.trainer.world_size > 1:
+        if over_ranks and self._trainer is not None and self.trainer.world_size > 1:
             counts = self.trainer.strategy.reduce(counts, reduce_op="mean")  # type: ignore[assignment]
         means = {name: replace(losses[name], count=count).mean() for name, count in zip(names, counts, strict=True)}
         total = sum((means[name] * losses[name].weight for name in names), torch.zeros((), device=counts.device))

@@ -92,8 +92,8 @@ class RankingModel(SequenceRecommender):
     def evaluation_step(self, batch: SequenceBatch, stage: str) -> None:
         """Loss and metrics of a batch's candidates."""
         output = self(batch)
-        total, _ = self.total_loss(self.loss(output, batch))
         assert batch.labels is not None
+        self.log_loss(self.loss(output, batch), stage, batch.labels.shape[0])
         users = None
         if self.per_user_metrics:
             if batch.user_ids is None:
@@ -102,7 +102,6 @@ class RankingModel(SequenceRecommender):
         metrics: TaskMetrics = self.metrics[stage]  # type: ignore[assignment]
         for index, task in enumerate(self.tasks):
             metrics.update(task.name, output[task.name].float(), batch.labels[:, index], users, batch.label_weights)
-        self.log(f"{stage}/loss", total, on_epoch=True, on_step=False, batch_size=max(batch.labels.shape[0], 1))
         self.log_dict(metrics.metrics(), on_step=False, on_epoch=True)
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:

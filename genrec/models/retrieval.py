@@ -255,7 +255,7 @@ class RetrievalModel(SequenceRecommender):
     def evaluation_step(self, batch: SequenceBatch, stage: str) -> None:
         """Loss and ranks of a batch's labels."""
         output = self(batch)
-        total, _ = self.total_loss(self.loss(output, batch))
+        self.log_loss(self.loss(output, batch), stage, output.rows.numel())
         assert batch.labels is not None
         ranks = target_ranks(
             output.query / self.temperature,
@@ -264,7 +264,6 @@ class RetrievalModel(SequenceRecommender):
             bias=self.item_bias,
             seen=self._seen(batch, output.rows) if self.filter_seen else None,
         )
-        self.log(f"{stage}/loss", total, on_epoch=True, on_step=False, batch_size=max(ranks.numel(), 1))
         self.metrics[stage].update(ranks)  # type: ignore[operator]
         self.log_dict(self.metrics[stage], on_step=False, on_epoch=True)  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 """What all models share: counts over ranks, precision, features, subclasses of a few lines."""
 
+import copy
 from types import SimpleNamespace
 
 import lightning as L
@@ -136,3 +137,26 @@ def test_dynamic_tables_are_one_argument():
     before = run.callback_metrics["val/loss"].item()
     (fresh,) = run.validate(HSTURetrieval(20, embedding_backend="hkv", **SMALL), loader([batch]), verbose=False)
     assert before < fresh["val/loss"] - 0.2
+
+
+def test_models_copy_and_load_with_weights_only(tmp_path):
+    model = HSTURetrieval(20, betas=(0.9, 0.98), relative_bias="none", **SMALL)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.recommend([[1, 2]])[1], model.recommend([[1, 2]])[1])
+    run = trainer(max_epochs=1)
+    run.fit(model, loader([retrieval_batch([[1, 2, 3]])]))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = HSTURetrieval.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert loaded.dense_optimizer_config.betas == (0.9, 0.98)
+    assert torch.equal(loaded.recommend([[1, 2]])[1], model.recommend([[1, 2]])[1])
+
+
+def test_the_logged_loss_is_the_mean_of_all_cases():
+    torch.manual_seed(0)
+    model = HSTURetrieval(20, relative_bias="none", **SMALL)
+    walks = markov_sequences(7, 20, 6)
+    targets = [1, 2, 3, 4, 5, 6, 7]
+    uneven = [retrieval_batch(walks[:5], targets=targets[:5]), retrieval_batch(walks[5:], targets=targets[5:])]
+    (apart,) = trainer().test(model, loader(uneven), verbose=False)
+    (whole,) = trainer().test(model, loader([retrieval_batch(walks, targets=targets)]), verbose=False)
+    assert apart == pytest.approx(whole, rel=1e-5)
