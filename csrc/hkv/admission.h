@@ -1,5 +1,5 @@
 // Frequency admission: a key gets a row after n sightings. The counters are bounded: sets of `ways`, as many sets as the
-// fully grown table has buckets; a full set forgets the least (count, step, way). They are the memory of keys that have no
+// fully grown table has buckets; a full set forgets the least (count, step, mixed key). They are the memory of keys that have no
 // row: no other trace of such a key is kept.
 #pragma once
 
@@ -76,7 +76,9 @@ class AdmissionCounters {
   Entry* least(int64_t key) {
     Entry* first = set_of(key);
     return std::min_element(first, first + ways_, [](const Entry& a, const Entry& b) {
-      return a.count != b.count ? a.count < b.count : a.step < b.step;
+      if (a.count != b.count || a.count == 0) return a.count < b.count;
+      if (a.step != b.step) return a.step < b.step;
+      return mix64(static_cast<uint64_t>(a.key)) < mix64(static_cast<uint64_t>(b.key));
     });
   }
 

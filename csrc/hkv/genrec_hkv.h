@@ -129,5 +129,6 @@ GENREC_API int32_t genrec_hkv_pop_evicted(genrec_hkv_table table, int64_t n, int
                                           float* weights, float* state);
 GENREC_API int32_t genrec_hkv_export_counters(genrec_hkv_table table, int64_t n, int64_t* count, int64_t* keys,
                                               uint32_t* counts, uint32_t* steps);
+// Replaces all counters.
 GENREC_API int32_t genrec_hkv_restore_counters(genrec_hkv_table table, int64_t n, const int64_t* keys,
                                                const uint32_t* counts, const uint32_t* steps);

@@ -318,6 +318,7 @@ int64_t Table::export_counters(int64_t n, int64_t* keys, uint32_t* counts, uint3
 
 void Table::restore_counters(int64_t n, const int64_t* keys, const uint32_t* counts, const uint32_t* steps) {
   if (!counters_.enabled()) return;
+  counters_.clear();
   for (int64_t i = 0; i < n; ++i) counters_.restore(keys[i], counts[i], steps[i]);
 }
 

@@ -204,7 +204,7 @@ def get_meta(table: HkvTable, keys: Tensor) -> dict[str, Tensor]:
 
 
 def restore_counters(table: HkvTable, counters: dict[str, Tensor]) -> None:
-    """Sightings as saved."""
+    """Sightings as saved, in place of all there are."""
     keys = counters["keys"].contiguous()
     counts, steps = counters["counts"].contiguous(), counters["steps"].contiguous()
     _binding.call(

@@ -41,7 +41,7 @@ def test_rows_of_batches_in_flight_stay_until_their_update():
     table = HkvTable(config(capacity=128, initializer=InitializerConfig("constant", value=0.0)), seed=0)
     first = train(table, torch.arange(100))
     second = train(table, torch.arange(100, 128))
-    with pytest.raises(HkvOverflowError, match="3 keys of a batch got no row.*Raise the capacity"):
+    with pytest.raises(HkvOverflowError, match=r"3 keys of a batch got no row.*Raise the capacity"):
         train(table, torch.tensor([500, 501, 502]))
     first.sum().backward()
     assert torch.equal(table.embed(torch.arange(100)), torch.full((100, 4), -0.1))
@@ -216,7 +216,7 @@ def test_the_fast_tier_holds_the_last_victims():
 
 
 def test_tiers_that_do_not_add_up_are_explained():
-    with pytest.raises(ValueError, match="hold 200 of 1,024 rows. Raise overflow_capacity, or name a file_directory"):
+    with pytest.raises(ValueError, match=r"hold 200 of 1,024 rows. Raise overflow_capacity, or name a file_directory"):
         HkvTable(config(capacity=1024, fast_capacity=100, overflow_capacity=100))
     with pytest.raises(RuntimeError, match="can't create a file for table rows in /nowhere"):
         HkvTable(config(capacity=1024, fast_capacity=100, overflow_capacity=100, file_directory="/nowhere"))

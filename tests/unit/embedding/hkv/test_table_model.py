@@ -178,7 +178,7 @@ def test_bad_keys_and_rows_are_explained(shape):
         with pytest.raises(ValueError, match=r"expected \(2, 3\) values, got \(2, 4\)"):
             table.insert_or_assign(torch.tensor([1, 2]), torch.zeros(2, 4))
     elif shape == "dtype":
-        with pytest.raises(TypeError, match="keys must be int64 or int32, got torch.float32"):
+        with pytest.raises(TypeError, match=r"keys must be int64 or int32, got torch.float32"):
             table.find(torch.zeros(2))
     else:
         with pytest.raises(NotImplementedError, match="CUDA engine is not there yet"):
