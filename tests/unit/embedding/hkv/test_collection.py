@@ -175,7 +175,7 @@ def test_compiled_lookup_trains_like_the_plain_one():
 
 
 def test_a_gpu_is_refused_with_the_reason():
-    with pytest.raises(NotImplementedError, match="CUDA engine is not there yet. Build the model on the CPU"):
+    with pytest.raises(NotImplementedError, match=r"CUDA engine is not there yet. Build the model on the CPU"):
         DynamicEmbeddingCollection([config()], device="cuda")
 
 
