@@ -1,5 +1,6 @@
 """torchmetrics classes of the field: HR@K, NDCG@K, MRR, Recall@K; AUC, GAUC, NE, log loss, calibration."""
 
+from genrec.metrics.functional import area_under_roc, grouped_auc
 from genrec.metrics.ranking import (
     AUC,
     GAUC,
@@ -8,7 +9,6 @@ from genrec.metrics.ranking import (
     Calibration,
     LogLoss,
     NormalizedEntropy,
-    grouped_auc,
 )
 from genrec.metrics.retrieval import MRR, NDCG, HitRate, Recall, retrieval_metrics
 from genrec.metrics.tasks import TaskMetrics
@@ -26,6 +26,7 @@ __all__ = [
     "NormalizedEntropy",
     "Recall",
     "TaskMetrics",
+    "area_under_roc",
     "grouped_auc",
     "retrieval_metrics",
 ]
