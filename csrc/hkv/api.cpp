@@ -77,23 +77,12 @@ int32_t genrec_hkv_lookup(genrec_hkv_table table, const genrec_hkv_batch* batch,
   return locked(table, [&](Table& t) { t.lookup(*batch, threads, result); });
 }
 
-int32_t genrec_hkv_gather(genrec_hkv_table table, const int64_t* rows, const int64_t* keys, const int32_t* offsets,
-                          const int32_t* positions, int64_t unique, const float* missing, int32_t threads, float* out) {
-  return locked(table, [&](Table& t) {
-    const Segments batch{rows, keys, offsets, positions};
-    advise_large_pages(out, 4 * static_cast<size_t>(offsets[unique]) * t.store().dim);
-    chunked(unique, threads, [&](int64_t begin, int64_t end) {
-      kernels().gather(t.store(), t.initializer(), missing, batch, begin, end, out);
-    });
-  });
-}
-
-int32_t genrec_hkv_gather_positions(genrec_hkv_table table, const int64_t* rows_at, const int64_t* keys, int64_t n,
-                                    const float* missing, int32_t threads, float* out) {
+int32_t genrec_hkv_gather(genrec_hkv_table table, const int64_t* rows_at, const int64_t* keys, int64_t n,
+                          const float* missing, int32_t threads, float* out) {
   return locked(table, [&](Table& t) {
     advise_large_pages(out, 4 * static_cast<size_t>(n) * t.store().dim);
     chunked(n, threads, [&](int64_t begin, int64_t end) {
-      kernels().gather_positions(t.store(), t.initializer(), missing, rows_at, keys, begin, end, out);
+      kernels().gather(t.store(), t.initializer(), missing, rows_at, keys, begin, end, out);
     });
   });
 }

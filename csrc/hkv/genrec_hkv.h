@@ -85,12 +85,9 @@ GENREC_API int32_t genrec_hkv_find(genrec_hkv_table table, const int64_t* keys, 
                                    int64_t* rows);
 GENREC_API int32_t genrec_hkv_lookup(genrec_hkv_table table, const genrec_hkv_batch* batch, int32_t threads,
                                      genrec_hkv_lookup_result* result);
-// out: (n, dim) fp32. `missing`: constant for keys without a row; null for their initial rows.
-GENREC_API int32_t genrec_hkv_gather(genrec_hkv_table table, const int64_t* rows, const int64_t* keys,
-                                     const int32_t* offsets, const int32_t* positions, int64_t unique,
+// out: (n, dim) fp32. `missing`: constant for keys without a row (-1); null for their initial rows.
+GENREC_API int32_t genrec_hkv_gather(genrec_hkv_table table, const int64_t* rows_at, const int64_t* keys, int64_t n,
                                      const float* missing, int32_t threads, float* out);
-GENREC_API int32_t genrec_hkv_gather_positions(genrec_hkv_table table, const int64_t* rows_at, const int64_t* keys,
-                                               int64_t n, const float* missing, int32_t threads, float* out);
 // out: (bags, dim) fp32.
 GENREC_API int32_t genrec_hkv_pool(genrec_hkv_table table, const int64_t* rows_at, const int64_t* keys,
                                    const int64_t* bag_offsets, int64_t bags, const float* weights,

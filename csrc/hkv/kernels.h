@@ -31,13 +31,10 @@ struct Kernels {
   // Slots of n keys (bucket * 128 + slot), -1 where absent. Reads only.
   void (*find)(const IndexView& view, const int64_t* keys, int64_t n, int64_t* slots);
 
-  // out[position * dim ...] = the row, for the positions of unique keys [begin, end). A key without a row takes its
-  // initial row where `missing` is null, else that constant.
-  void (*gather)(const StoreView& store, const Initializer& init, const float* missing, const Segments& batch,
-                 int64_t begin, int64_t end, float* out);
-
-  // The same where the rows of positions [begin, end) are known (rows_at[i], keys[i]).
-  void (*gather_positions)(const StoreView& store, const Initializer& init, const float* missing,
+  // out[i * dim ...] = row rows_at[i], for i in [begin, end). A key without a row (-1) takes its initial row where
+  // `missing` is null, else that constant. In the order of the batch: the result is larger than the rows that it repeats,
+  // so it is the writing that must be sequential.
+  void (*gather)(const StoreView& store, const Initializer& init, const float* missing,
                            const int64_t* rows_at, const int64_t* keys, int64_t begin, int64_t end, float* out);
 
   // out[bag] = sum over positions [offsets[bag], offsets[bag + 1]) of weight * row, for bags [begin, end).

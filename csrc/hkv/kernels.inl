@@ -226,22 +226,8 @@ inline void prefetch_row(const StoreView& store, const Plane& plane, int64_t row
   for (size_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(memory + offset);
 }
 
-void gather(const StoreView& store, const Initializer& init, const float* missing, const Segments& batch,
-            int64_t begin, int64_t end, float* out) {
-  constexpr int kAhead = 8;
-  const size_t dim = store.dim;
-  for (int64_t u = begin; u < end; ++u) {
-    if (u + kAhead < end) prefetch_row(store, store.weights, batch.rows[u + kAhead]);
-    const int32_t first = batch.offsets[u], last = batch.offsets[u + 1];
-    if (first == last) continue;
-    float* row = out + batch.positions[first] * dim;
-    row_or_missing(store, init, missing, batch.rows[u], batch.keys[u], row);
-    for (int32_t i = first + 1; i < last; ++i) memcpy(out + batch.positions[i] * dim, row, 4 * dim);
-  }
-}
-
-void gather_positions(const StoreView& store, const Initializer& init, const float* missing, const int64_t* rows_at,
-                      const int64_t* keys, int64_t begin, int64_t end, float* out) {
+void gather(const StoreView& store, const Initializer& init, const float* missing, const int64_t* rows_at,
+            const int64_t* keys, int64_t begin, int64_t end, float* out) {
   constexpr int kAhead = 8;
   const size_t dim = store.dim;
   for (int64_t i = begin; i < end; ++i) {
@@ -375,7 +361,7 @@ void update(const StoreView& store, const OptimizerParams& params, const Segment
   }
 }
 
-constexpr Kernels kTable = {GENREC_HKV_ISA_NAME, find, gather, gather_positions, pool, update, initialize, read_row,
+constexpr Kernels kTable = {GENREC_HKV_ISA_NAME, find, gather, pool, update, initialize, read_row,
                             write_row};
 
 }  // namespace

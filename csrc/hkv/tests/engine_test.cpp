@@ -103,8 +103,8 @@ void run(const Config& config, int threads) {
     CHECK(genrec_hkv_lookup(table, &batch, threads, &result.view) == 0);
     check_result(keys, result);
     std::vector<float> out(n * kDim), gradient(n * kDim, 0.5f);
-    CHECK(genrec_hkv_gather(table, result.rows.data(), result.keys.data(), result.offsets.data(),
-                            result.positions.data(), result.view.unique, nullptr, threads, out.data()) == 0);
+    CHECK(genrec_hkv_gather(table, result.rows_at.data(), keys.data(), static_cast<int64_t>(n), nullptr, threads,
+                            out.data()) == 0);
     for (size_t i = 0; i < n; ++i) {
       const auto known = first_weight.find(keys[i]);
       if (result.found[i] && known != first_weight.end()) CHECK(out[i * kDim] == known->second);

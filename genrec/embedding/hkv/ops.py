@@ -84,8 +84,10 @@ def hkv_lookup(
         scores: (n,) int64 for score "custom".
     """
     owner = _table(table)
-    lookup = owner.lookup(keys, scores=scores)
-    return owner.gather(lookup), *_pack(lookup)
+    keys = owner.check_keys(keys)
+    lookup = owner.lookup(keys, scores=scores, want_rows=True)
+    assert lookup.rows_at is not None
+    return owner.gather(lookup.rows_at, keys), *_pack(lookup)
 
 
 @hkv_lookup.register_fake

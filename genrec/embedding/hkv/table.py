@@ -18,6 +18,7 @@ from torch import Tensor
 from genrec.embedding.config import EmbeddingTableConfig
 from genrec.embedding.hkv import _binding
 from genrec.embedding.hkv._binding import ADMIT, COUNT, INSERT, TOUCH, UPDATE
+from genrec.embedding.hkv.buffers import POOL
 from genrec.embedding.hkv.options import HkvOptions, engine_options, state_floats
 
 _MAX_STEP = 2**32 - 1
@@ -195,9 +196,9 @@ class HkvTable:
         if scores is not None:
             self._check_scores(scores, n)
             scores = scores.to(torch.int64).contiguous()
-        rows, unique_keys = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
-        offsets, positions = torch.empty(n + 1, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
-        rows_at = torch.empty(n, dtype=torch.int64) if want_rows else None
+        rows, unique_keys = POOL.empty((n,), torch.int64), POOL.empty((n,), torch.int64)
+        offsets, positions = POOL.empty((n + 1,), torch.int32), POOL.empty((n,), torch.int32)
+        rows_at = POOL.empty((n,), torch.int64) if want_rows else None
         found = torch.empty(n, dtype=torch.bool) if want_found else None
         batch = _binding.Batch(
             keys.data_ptr(), n, self.step, self.pin_floor, self.epoch, flags, _pointer(scores)
@@ -214,7 +215,7 @@ class HkvTable:
     def find(self, keys: Tensor) -> Tensor:
         """(n,) int64 rows, -1 for absent keys. Changes nothing."""
         keys = self.check_keys(keys)
-        rows = torch.empty(keys.numel(), dtype=torch.int64)
+        rows = POOL.empty((keys.numel(),), torch.int64)
         _binding.call(
             "find", self._handle, keys.data_ptr(), keys.numel(), torch.get_num_threads(), rows.data_ptr()
         )  # fmt: skip
@@ -227,31 +228,21 @@ class HkvTable:
     def embed(self, keys: Tensor) -> Tensor:
         """(n, dim) fp32: rows as evaluation sees them. Changes nothing; absent keys get `HkvOptions.unknown`."""
         keys = self.check_keys(keys)
-        return self.gather_positions(self.find(keys), keys)
+        return self.gather(self.find(keys), keys)
 
-    def gather_positions(self, rows: Tensor, keys: Tensor) -> Tensor:
+    def gather(self, rows: Tensor, keys: Tensor) -> Tensor:
         """(n, dim) fp32: row i, or what an absent key gets where rows[i] is -1."""
-        out = torch.empty(rows.numel(), self.config.dim)
+        out = POOL.empty((rows.numel(), self.config.dim), torch.float32)
         _binding.call(
-            "gather_positions", self._handle, rows.data_ptr(), keys.data_ptr(), rows.numel(), _pointer(self._missing),
+            "gather", self._handle, rows.data_ptr(), keys.data_ptr(), rows.numel(), _pointer(self._missing),
             torch.get_num_threads(), out.data_ptr(),
-        )  # fmt: skip
-        return out
-
-    def gather(self, lookup: Lookup) -> Tensor:
-        """(n, dim) fp32, in the order of the batch."""
-        out = torch.empty(lookup.positions.numel(), self.config.dim)
-        _binding.call(
-            "gather", self._handle, lookup.rows.data_ptr(), lookup.keys.data_ptr(), lookup.offsets.data_ptr(),
-            lookup.positions.data_ptr(), lookup.unique, _pointer(self._missing), torch.get_num_threads(),
-            out.data_ptr(),
         )  # fmt: skip
         return out
 
     def pool(self, rows: Tensor, keys: Tensor, bag_offsets: Tensor, weights: Tensor | None) -> Tensor:
         """(bags, dim) fp32: sums of rows over bags of positions, each row times its weight."""
         bags = bag_offsets.numel() - 1
-        out = torch.empty(bags, self.config.dim)
+        out = POOL.empty((bags, self.config.dim), torch.float32)
         _binding.call(
             "pool", self._handle, rows.data_ptr(), keys.data_ptr(), bag_offsets.data_ptr(), bags, _pointer(weights),
             _pointer(self._missing), torch.get_num_threads(), out.data_ptr(),
@@ -327,9 +318,11 @@ class HkvTable:
 
     def find_or_insert(self, keys: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """((n, dim) rows, (n,) bool whether the key was there). Absent keys enter with their initial row."""
-        lookup = self.lookup(keys, INSERT | TOUCH | UPDATE | COUNT, scores, want_found=True)
+        keys = self.check_keys(keys)
+        lookup = self.lookup(keys, INSERT | TOUCH | UPDATE | COUNT, scores, want_rows=True, want_found=True)
+        assert lookup.rows_at is not None
         assert lookup.found is not None
-        return self.gather(lookup), lookup.found
+        return self.gather(lookup.rows_at, keys), lookup.found
 
     def insert_or_assign(
         self, keys: Tensor, weights: Tensor, scores: Tensor | None = None, state: Tensor | None = None
