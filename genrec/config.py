@@ -9,21 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from genrec._config_data import DataConfig, RankingDataConfig, RetrievalDataConfig
 from genrec._config_loading import ConfigError, find_config, help_text, load_config, shipped_configs, to_yaml
 
 __all__ = [
     "AttentionConfig",
     "CheckpointConfig",
     "ConfigError",
+    "DataConfig",
     "EarlyStoppingConfig",
     "EmbeddingConfig",
     "EvaluationConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RankingConfig",
+    "RankingDataConfig",
     "RankingModelConfig",
     "RecipeConfig",
     "RetrievalConfig",
+    "RetrievalDataConfig",
     "RetrievalLossConfig",
     "RetrievalModelConfig",
     "RunConfig",
@@ -361,6 +365,7 @@ class RecipeConfig:
 class RankingConfig(RecipeConfig):
     """Train and test a ranking model: several predictions for each candidate that follows a history."""
 
+    data: RankingDataConfig = field(default_factory=RankingDataConfig)
     model: RankingModelConfig = field(default_factory=RankingModelConfig)
 
 
@@ -368,6 +373,7 @@ class RankingConfig(RecipeConfig):
 class RetrievalConfig(RecipeConfig):
     """Train and test a retrieval model: the next item out of the whole catalogue."""
 
+    data: RetrievalDataConfig = field(default_factory=RetrievalDataConfig)
     model: RetrievalModelConfig = field(default_factory=RetrievalModelConfig)
     loss: RetrievalLossConfig = field(default_factory=RetrievalLossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -84,6 +84,8 @@ def _guarded(config: RecipeConfig, build_data: BuildData, build_model: BuildMode
     """Run, and turn what a user can cure into one line and an exit code."""
     check_environment()
     quieten()
+    # Read when torch loads: threads that wait by spinning make a busy machine several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from genrec.callbacks import TrainingInterrupted
 
     try:
@@ -305,7 +307,6 @@ def common_arguments(config: Any, encoder: bool = True) -> dict[str, Any]:
     """Constructor arguments that all models share, from their sections; with `encoder` also those of its layers."""
     model, embedding, optimizer, schedule = config.model, config.embedding, config.optimizer, config.schedule
     arguments = {
-        "max_seqlen": config.data.max_seqlen,
         "hidden_dim": model.hidden_dim,
         "embedding_dims": embedding.dims,
         "positions": model.positions,

@@ -1,6 +1,8 @@
 """Configs: layers, inheritance, errors that name the key, help, the shipped files."""
 
+import runpy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import yaml
@@ -160,3 +162,10 @@ def test_the_installed_package_has_its_own_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(loading.genrec, "__file__", str(package / "__init__.py"))
     assert list(shipped_configs()) == ["ranking"]
     assert load_config(RankingConfig, "ranking").seed == 77
+
+
+def test_the_reference_page_is_current():
+    """Else run `python docs/make_config_reference.py`."""
+    docs = Path(__file__).parents[2] / "docs"
+    made = runpy.run_path(str(docs / "make_config_reference.py"))["page"]()
+    assert (docs / "config.md").read_text(encoding="utf-8") == made
