@@ -65,8 +65,8 @@ class CombinedOptimizer(Optimizer):
 
     Args:
         optimizers: By name, over disjoint parameters.
-        fused: Optimizers that run inside the backward pass of their tables. They get their learning rate from here, as
-            a group without parameters; their state stays with their tables.
+        fused: Optimizers that run inside the backward pass of their tables. They get their learning rates from here, as
+            groups without parameters; their state stays with their tables.
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], fused: Sequence[Optimizer] = ()) -> None:
@@ -78,7 +78,8 @@ class CombinedOptimizer(Optimizer):
                 group["name"] = name
                 groups.append(group)
         for index, optimizer in enumerate(self.fused):
-            groups.append({"params": [], "lr": optimizer.param_groups[0]["lr"], "name": _fused_name(index)})
+            for part, group in enumerate(optimizer.param_groups):
+                groups.append({"params": [], "lr": group["lr"], "name": _fused_name(index, part)})
         super().__init__(groups, {})
         for optimizer in self.optimizers.values():
             self.state.update(optimizer.state)
@@ -89,6 +90,13 @@ class CombinedOptimizer(Optimizer):
         for name, optimizer in self.optimizers.items():
             optimizer.param_groups = [group for group in self.param_groups if group["name"] == name]
             optimizer.state = self.state
+        groups = {group["name"]: group for group in self.param_groups}
+        for index, optimizer in enumerate(self.fused):
+            # Dynamic tables read the rate when their rows are updated: with shared groups they see a schedule at once.
+            if getattr(optimizer, "reads_rates_in_backward", False):
+                optimizer.param_groups = [
+                    groups[_fused_name(index, part)] for part in range(len(optimizer.param_groups))
+                ]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -104,14 +112,14 @@ class CombinedOptimizer(Optimizer):
             optimizer.step()
         rates = {group["name"]: group["lr"] for group in self.param_groups}
         for index, optimizer in enumerate(self.fused):
-            for group in optimizer.param_groups:
-                group["lr"] = rates[_fused_name(index)]
+            for part, group in enumerate(optimizer.param_groups):
+                group["lr"] = rates[_fused_name(index, part)]
             optimizer.step()
         return loss
 
 
-def _fused_name(index: int) -> str:
-    return f"fused.{index}"
+def _fused_name(index: int, part: int) -> str:
+    return f"fused.{index}.{part}"
 
 
 class RowWiseAdagrad(Optimizer):

@@ -20,6 +20,8 @@ class HkvFusedOptimizer(FusedOptimizer):
     parameter is an empty placeholder, as schedulers and TorchRec expect one.
     """
 
+    reads_rates_in_backward = True
+
     def __init__(self, tables: Sequence[HkvTable], prefix: str = "") -> None:
         params: dict[str, Tensor] = {f"{prefix}{table.config.name}.weight": torch.empty(0) for table in tables}
         state: dict[Any, Any] = {placeholder: {} for placeholder in params.values()}

@@ -5,7 +5,7 @@ import torch
 
 from genrec.embedding.config import InitializerConfig
 from genrec.embedding.hkv import DynamicEmbeddingCollection, HkvTable
-from genrec.models.optim import RowWiseAdagrad
+from genrec.models.optim import CombinedOptimizer, RowWiseAdagrad
 from tests.helpers import kjt
 from tests.unit.embedding.hkv.tables import config
 
@@ -96,16 +96,25 @@ def test_conversion_covers_the_whole_range(dtype):
     assert torch.equal(table.embed(keys)[:, 0], values.to(torch_dtype).float())
 
 
-def test_schedule_reaches_the_next_backward_pass():
-    tables = DynamicEmbeddingCollection([config(initializer=InitializerConfig("constant", value=1.0))], seed=0)
-    optimizer = tables.fused_optimizer
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step == 0 else 0.5**step)
-    batch = kjt({"items": [[7]]})
-    seen = []
+@pytest.mark.parametrize("combined", [False, True])
+def test_schedule_reaches_the_next_backward_pass(combined):
+    """Two tables of different rates; a warm-up holds from the first step on."""
+    one = InitializerConfig("constant", value=1.0)
+    tables = DynamicEmbeddingCollection(
+        [config("a", initializer=one), config("b", initializer=one, learning_rate=0.3)], seed=0
+    )
+    fused = tables.fused_optimizer
+    optimizer = CombinedOptimizer({}, [fused]) if combined else fused
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [0.5, 1.0, 0.25][min(step, 2)])
+    batch = kjt({"a": [[7]], "b": [[7]]})
+    value = {"a": 1.0, "b": 1.0}
+    changes = []
     for _ in range(3):
-        before = tables.tables["items"].embed(torch.tensor([7]))[0, 0].item() if seen else 1.0
-        tables(batch)["items"].values().sum().backward()
-        seen.append(before - tables.tables["items"].embed(torch.tensor([7]))[0, 0].item())
+        sum(rows.values().sum() for rows in tables(batch).values()).backward()
+        for name, table in tables.tables.items():
+            new = table.embed(torch.tensor([7]))[0, 0].item()
+            changes.append(value[name] - new)
+            value[name] = new
         optimizer.step()
         scheduler.step()
-    assert seen == pytest.approx([0.1, 0.05, 0.025], abs=1e-6)
+    assert changes == pytest.approx([0.05, 0.15, 0.1, 0.3, 0.025, 0.075], abs=1e-6)
