@@ -68,6 +68,52 @@ class StepSeed(L.Callback):
         self.batches = state_dict["batches"]
 
 
+class LoaderPosition(L.Callback):
+    """Restores the training loader's position where a run is resumed in mid-epoch.
+
+    Lightning does that itself unless the loader was asked for before the checkpoint was read, as schedules do that
+    need to know the number of steps.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the position."""
+        loader = trainer.train_dataloader
+        if loader is not None and hasattr(loader, "state_dict"):
+            checkpoint["train_loader"] = loader.state_dict()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read it."""
+        self._state = checkpoint.get("train_loader")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go there, before the first batch is taken."""
+        if self._state is not None and trainer.fit_loop.restarted_mid_epoch:
+            assert trainer.train_dataloader is not None
+            trainer.train_dataloader.load_state_dict(self._state)
+        self._state = None
+
+
+class LearningRates(L.Callback):
+    """Logs the rate of each optimizer of `CombinedOptimizer` as `lr/<name>`, whenever the trainer logs."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The rates of the coming step."""
+        if trainer.global_step % max(trainer.log_every_n_steps, 1):  # type: ignore[attr-defined]
+            return
+        rates = {}
+        for optimizer in trainer.optimizers:
+            for index, group in enumerate(optimizer.param_groups):
+                rates[f"lr/{group.get('name', index)}"] = float(group["lr"])
+        if rates:
+            for logger in trainer.loggers:
+                logger.log_metrics(rates, step=trainer.global_step)
+
+
 class TrainingInterrupted(Exception):
     """Ctrl-C was pressed during `fit`, and a checkpoint has been written.
 

@@ -86,6 +86,8 @@ def _guarded(config: RecipeConfig, build_data: BuildData, build_model: BuildMode
     quieten()
     # Read when torch loads: threads that wait by spinning make a busy machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from genrec.callbacks import TrainingInterrupted
 
     try:
@@ -102,6 +104,9 @@ def _guarded(config: RecipeConfig, build_data: BuildData, build_model: BuildMode
             print(f"\nStopped at once. If there is a checkpoint, resume with: {resume_with}", file=sys.stderr)
             return INTERRUPTED
         raise
+    except MisconfigurationException as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (ConfigError, FileNotFoundError, ValueError) as error:
         # Raised deep in a library it is a bug, and the traceback is what helps; our own messages stand alone.
         if not _raised_by_genrec(error):
@@ -170,10 +175,10 @@ def test(config: RecipeConfig, trainer: Any, model: Any, data: Any) -> dict[str,
 def build_trainer(config: RecipeConfig, data: Any, folder: Any) -> Any:
     """The lightning.Trainer of a config, with its loggers and callbacks."""
     import lightning as L
-    from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+    from lightning.pytorch.callbacks import EarlyStopping
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-    from genrec.callbacks import GracefulInterrupt, StepSeed
+    from genrec.callbacks import GracefulInterrupt, LearningRates, LoaderPosition, StepSeed
 
     directory = Path(config.run.dir)
     options = {name: value for name, value in vars(config.trainer).items() if name != "options" and value is not None}
@@ -181,7 +186,8 @@ def build_trainer(config: RecipeConfig, data: Any, folder: Any) -> Any:
     callbacks: list[Any] = [
         StepSeed(config.seed),
         GracefulInterrupt(checkpoints / "last.ckpt"),
-        LearningRateMonitor("step"),
+        LoaderPosition(),
+        LearningRates(),
         folder,
         *checkpoint_callbacks(config, checkpoints),
     ]
@@ -316,6 +322,8 @@ def common_arguments(config: Any, encoder: bool = True) -> dict[str, Any]:
         "embedding_backend": embedding.backend,
         "embedding_dtype": embedding.dtype,
         "embedding_std": embedding.std,
+        "embedding_options": embedding.options,
+        "embedding_tables": embedding.tables,
         "learning_rate": optimizer.learning_rate,
         "betas": tuple(optimizer.betas),
         "eps": optimizer.eps,
@@ -375,6 +383,7 @@ def quieten() -> None:
         (FutureWarning, ""),
         (DeprecationWarning, ""),
         (UserWarning, r".*does not have many workers.*"),
+        (UserWarning, r".*Couldn't infer the batch indices.*"),
         (UserWarning, r".*You have overridden `on_before_batch_transfer` in `LightningModule`.*"),
         (UserWarning, r".*is smaller than the logging interval.*"),
         (UserWarning, r".*Checkpoint directory .* exists and is not empty.*"),
@@ -386,4 +395,7 @@ def quieten() -> None:
 
 def _without_tips(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not any(text in message for text in ("Tip:", "💡", "TPU available", "`weights_only` was not set"))
+    return not any(
+        text in message
+        for text in ("Tip:", "💡", "TPU available", "`weights_only` was not set", "Loading `train_dataloader`")
+    )

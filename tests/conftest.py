@@ -1,0 +1,16 @@
+"""Fixtures of all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real data sets (ml-100k/, amazon-beauty/): GENREC_TEST_DATA, else `shared/data` beside the repo."""
+    named = os.environ.get("GENREC_TEST_DATA")
+    root = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not root.is_dir():
+        pytest.skip(f"no real data: {root} does not exist; set GENREC_TEST_DATA to the folder of ml-100k/ and others")
+    return root
