@@ -190,12 +190,18 @@ class EmbeddingConfig:
         dims: Width of a feature's rows where it is not model.hidden_dim, by feature; they are projected.
         dtype: Of the rows: "fp32", "fp16" or "bf16".
         std: Standard deviation of the truncated normal from which rows are drawn.
+        options: Options of dynamic tables, for example `{score: lfu, admission_threshold: 2}`; all are in
+            docs/dynamic-embeddings.md.
+        tables: What differs in single tables, by table: backend, num_embeddings, capacity, dtype, options, optimizer.
+            For example `tables: {item: {backend: hkv, capacity: 1000000}}`.
     """
 
     backend: Literal["fbgemm", "hkv"] = "fbgemm"
     dims: dict[str, int] = field(default_factory=dict)
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     std: float = 0.02
+    options: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
     optimizer: TableOptimizerSection = field(default_factory=TableOptimizerSection)
 
 

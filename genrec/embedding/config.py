@@ -60,7 +60,7 @@ class EmbeddingTableConfig:
         feature_names: Features (keys of the batch's KeyedJaggedTensor) that look up here.
         backend: "fbgemm" (static rows, ids in [0, num_embeddings)) or "hkv" (dynamic: any int64 id).
         num_embeddings: Rows of a static table.
-        capacity: Most rows of a dynamic table.
+        capacity: Most rows of a dynamic table. None: room for all of num_embeddings, and none is ever evicted.
         initializer: How a row starts.
         optimizer: How a row learns.
         dtype: Of the rows: "fp32", "fp16" or "bf16".
@@ -92,7 +92,10 @@ class EmbeddingTableConfig:
                 "For ids without a bound choose backend 'hkv'."
             )
         if self.backend == "hkv" and not (self.capacity or self.num_embeddings):
-            raise ValueError(f"Table '{self.name}': backend 'hkv' needs capacity, the most rows that it may hold.")
+            raise ValueError(
+                f"Table '{self.name}': backend 'hkv' needs capacity, the most rows that it may hold, or "
+                "num_embeddings, for all of which it then makes room."
+            )
 
     @property
     def rows(self) -> int:
@@ -107,5 +110,6 @@ class EmbeddingTableConfig:
             self,
             backend=backend,
             num_embeddings=self.num_embeddings or self.capacity,
-            capacity=self.capacity or self.num_embeddings,
+            # Without a capacity a dynamic table makes room for all of num_embeddings.
+            capacity=self.capacity,
         )

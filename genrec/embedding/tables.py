@@ -127,6 +127,10 @@ class EmbeddingTables(nn.Module):
             lengths=torch.cat([own[key].lengths() if key in own else zeros for key in keys]),
         )
 
+    def metrics(self) -> dict[str, float]:
+        """Counters of the dynamic tables, as "<table>/<metric>"; of this rank's share where they are sharded."""
+        return self.dynamic.metrics() if self.dynamic is not None else {}  # type: ignore[operator]
+
     def named_table_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and weight of each table that a plain optimizer trains: static and unsharded."""
         for collection in self.static.values():

@@ -53,6 +53,9 @@ class SequenceRecommender(L.LightningModule):
         embedding_backend: "fbgemm" or "hkv", of all tables.
         embedding_dtype: "fp32", "fp16" or "bf16", of all tables.
         embedding_std: Standard deviation of the truncated normal from which rows are drawn.
+        embedding_options: Options of all dynamic tables (the fields of `genrec.embedding.hkv.HkvOptions`).
+        embedding_tables: Fields of `EmbeddingTableConfig` that differ, by table: backend, num_embeddings, capacity,
+            dtype, options, and `optimizer` with the fields of `TableOptimizerConfig` that differ.
         learning_rate, betas, eps, weight_decay: Of the dense AdamW.
         table_optimizer: "sgd", "adam", "adamw", "adagrad" or "rowwise_adagrad".
         table_learning_rate: None: learning_rate.
@@ -82,6 +85,8 @@ class SequenceRecommender(L.LightningModule):
         embedding_backend: EmbeddingBackend = "fbgemm",
         embedding_dtype: str = "fp32",
         embedding_std: float = 0.02,
+        embedding_options: Mapping[str, Any] | None = None,
+        embedding_tables: Mapping[str, Mapping[str, Any]] | None = None,
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -114,6 +119,8 @@ class SequenceRecommender(L.LightningModule):
         self.embedding_backend = embedding_backend
         self.embedding_dtype = embedding_dtype
         self.embedding_std = embedding_std
+        self.embedding_options = dict(embedding_options or {})
+        self.embedding_tables = {name: dict(changes) for name, changes in (embedding_tables or {}).items()}
         self.dense_optimizer_config = DenseOptimizerConfig(learning_rate, (betas[0], betas[1]), eps, weight_decay)
         self.table_optimizer_config = TableOptimizerConfig(
             name=table_optimizer,  # type: ignore[arg-type]
@@ -158,21 +165,33 @@ class SequenceRecommender(L.LightningModule):
     # What subclasses override.
 
     def table_configs(self) -> list[EmbeddingTableConfig]:
-        """A table for each feature. Override to change sizes, backends, starts or optimizers of single tables."""
-        return [
-            EmbeddingTableConfig(
-                name=name,
-                dim=self.embedding_dims.get(name, self.hidden_dim),
-                feature_names=[name, *self.extra_features().get(name, [])],
-                backend=self.embedding_backend,
-                num_embeddings=rows,
-                capacity=rows,
-                initializer=InitializerConfig("truncated_normal", std=self.embedding_std),
-                optimizer=self.table_optimizer_config,
-                dtype=self.embedding_dtype,  # type: ignore[arg-type]
-            )
-            for name, rows in self.num_ids.items()
-        ]
+        """A table for each feature. Override to change sizes, backends, starts or optimizers of single tables.
+
+        Raises:
+            ValueError: `embedding_tables` names a table or a field that there is not.
+        """
+        if unknown := sorted(set(self.embedding_tables) - set(self.num_ids)):
+            raise ValueError(f"embedding_tables names the tables {unknown}; the model has {sorted(self.num_ids)}.")
+        return [self._table_config(name, rows) for name, rows in self.num_ids.items()]
+
+    def _table_config(self, name: str, rows: int) -> EmbeddingTableConfig:
+        changes = self.embedding_tables.get(name, {})
+        backend = changes.get("backend", self.embedding_backend)
+        options = {**(self.embedding_options if backend == "hkv" else {}), **changes.get("options", {})}
+        try:
+            optimizer = replace(self.table_optimizer_config, **changes.get("optimizer", {}))
+            defaults = {
+                "name": name,
+                "dim": self.embedding_dims.get(name, self.hidden_dim),
+                "feature_names": [name, *self.extra_features().get(name, [])],
+                "backend": backend,
+                "num_embeddings": rows,
+                "initializer": InitializerConfig("truncated_normal", std=self.embedding_std),
+                "dtype": self.embedding_dtype,
+            }
+            return EmbeddingTableConfig(**{**defaults, **changes, "optimizer": optimizer, "options": options})
+        except TypeError as error:
+            raise ValueError(f"embedding_tables['{name}']: {error}.") from error
 
     def build_tables(self) -> EmbeddingTables:
         """All embedding tables of the model."""
@@ -228,6 +247,11 @@ class SequenceRecommender(L.LightningModule):
         if len(parts) > 1:
             self.log_dict({f"train/loss/{name}": value for name, value in parts.items()}, batch_size=size)
         return total
+
+    def on_train_epoch_end(self) -> None:
+        """Log what dynamic tables count (size, hit rate, evictions, bytes): means over the ranks."""
+        metrics = {f"tables/{name}": float(value) for name, value in self.tables.metrics().items()}
+        self.log_dict(metrics, sync_dist=True)
 
     def log_loss(self, losses: Mapping[str, LossSum], stage: str, cases: int) -> None:
         """Log `<stage>/loss`, the mean over the cases of all batches and ranks."""

@@ -118,18 +118,30 @@ def growth(rows: int, initial_rows: int) -> tuple[int, int]:
     return first, first << doublings
 
 
+def table_slots(config: EmbeddingTableConfig) -> int:
+    """Rows that the table may hold: its capacity.
+
+    Without one it shall hold all of `num_embeddings` ids, and gets slots enough for each to find a place in its bucket:
+    with 60 % of the slots in use fewer than one bucket of 128 in ten million overflows.
+    """
+    if config.capacity:
+        return config.capacity
+    return math.ceil(config.rows / 0.6)
+
+
 def engine_options(config: EmbeddingTableConfig, options: HkvOptions, seed: int, world_size: int) -> _binding.Options:
     """The engine's options for one of `world_size` equal shares of the table.
 
     Raises:
         ValueError: The tiers don't add up.
     """
-    rows = math.ceil(config.rows / world_size)
-    initial = options.initial_capacity or min(config.rows, 131_072)
+    slots = table_slots(config)
+    rows = math.ceil(slots / world_size)
+    initial = options.initial_capacity or min(slots, 131_072)
     first, most = growth(rows, math.ceil(initial / world_size))
     fast, overflow = _tier_positions(config, options)
     kind, a, b = _initializer(config)
-    counters = options.admission_capacity or max(BUCKET_SLOTS, config.rows // 4)
+    counters = options.admission_capacity or max(BUCKET_SLOTS, slots // 4)
     ways = max(1, math.ceil(counters / world_size / most))
     return _binding.Options(
         dim=config.dim,
@@ -154,9 +166,10 @@ def engine_options(config: EmbeddingTableConfig, options: HkvOptions, seed: int,
 
 def _tier_positions(config: EmbeddingTableConfig, options: HkvOptions) -> tuple[int, int]:
     """Rows of each bucket's 128 in the fast and in the overflow tier."""
+    slots = table_slots(config)
 
     def share(rows: int) -> int:
-        return round(BUCKET_SLOTS * min(1.0, rows / config.rows))
+        return round(BUCKET_SLOTS * min(1.0, rows / slots))
 
     if options.fast_capacity is None:
         return BUCKET_SLOTS, 0
@@ -167,7 +180,7 @@ def _tier_positions(config: EmbeddingTableConfig, options: HkvOptions) -> tuple[
     if fast + overflow < BUCKET_SLOTS and not options.file_directory:
         held = options.fast_capacity + (options.overflow_capacity or 0)
         raise ValueError(
-            f"Table '{config.name}': fast and overflow tier hold {held:,} of {config.rows:,} rows. "
+            f"Table '{config.name}': fast and overflow tier hold {held:,} of {slots:,} rows. "
             "Raise overflow_capacity, or name a file_directory for the rest."
         )
     return fast, overflow

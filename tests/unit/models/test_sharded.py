@@ -73,7 +73,7 @@ def test_pipelined_training_with_sharded_tables_is_plain_training(build, process
         return loss, loss.detach()
 
     dense = model.configure_optimizers()
-    assert [group["name"] for group in dense.param_groups] == ["dense", "fused.0"]
+    assert [group["name"] for group in dense.param_groups] == ["dense", "fused.0.0"]
     pipeline = TrainPipelineSparseDist(
         sharded, dense, torch.device("cpu"), execute_all_batches=True, custom_model_fwd=step
     )
