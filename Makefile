@@ -49,7 +49,7 @@ format: setup  ## Format the code
 	$(BIN)/ruff format .
 
 docs: setup  ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## Remove what the other targets made, .venv included
 	rm -rf $(VENV) build dist site runs .pytest_cache .mypy_cache .ruff_cache genrec/_lib
