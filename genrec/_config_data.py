@@ -24,12 +24,12 @@ class SyntheticSection:
         seed: Of the data; the run's own seed doesn't change it.
     """
 
-    num_users: int = 3000
-    num_items: int = 400
+    num_users: int = 4000
+    num_items: int = 100
     events_per_user: int = 60
-    num_interests: int = 4
+    num_interests: int = 3
     session_length: int = 10
-    drift: float = 0.1
+    drift: float = 0.05
     zipf: float = 0.8
     num_successors: int = 4
     follow_probability: float = 0.7

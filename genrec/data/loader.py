@@ -110,7 +110,9 @@ class SequenceLoader:
     def __init__(
         self, cases: Cases, plan: BatchPlan, collator: Collator, num_workers: int = 0, pin_memory: bool = False
     ) -> None:
+        # `sampler` and `batch_sampler` are the names under which Lightning looks for set_epoch.
         self.cases, self.sampler, self.collator = cases, plan, collator
+        self.batch_sampler = None
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.position = 0
         self._resume = False

@@ -1,7 +1,7 @@
 """Synthetic logs whose best reachable metrics are known exactly.
 
 Ranking. Every user has one interest at a time, out of `num_interests`, that may change from one session to the next.
-A session shows `session_length` items, drawn by a Zipf law whatever the interest. Each item belongs to one topic; the
+A session shows `session_length` items, drawn by a Zipf law whatever the interest. Each item belongs to one topic, its side feature; the
 chance of a click is high where the topic is the interest, low elsewhere, both shifted by the item's own appeal. A
 clicked item is liked, and viewed long, with chances of its own. So what a user does next depends on what the user did
 before, and only through the interest. Since the interest is a hidden Markov chain over few states, the forward
@@ -30,6 +30,7 @@ from genrec.data.cache import EventChunk, Tables
 from genrec.data.schema import FeatureSchema
 
 TASKS = ["click", "like", "long_view"]
+GENERATOR_VERSION = 2
 _START = 1_600_000_000
 _SESSION_GAP, _EVENT_GAP = 86_400, 30
 _USERS_A_CHUNK = 2048
@@ -56,12 +57,12 @@ class Synthetic:
     """
 
     kind: Literal["ranking", "retrieval"] = "ranking"
-    num_users: int = 3000
-    num_items: int = 400
+    num_users: int = 4000
+    num_items: int = 100
     events_per_user: int = 60
-    num_interests: int = 4
+    num_interests: int = 3
     session_length: int = 10
-    drift: float = 0.1
+    drift: float = 0.05
     zipf: float = 0.8
     num_successors: int = 4
     follow_probability: float = 0.7
@@ -90,8 +91,8 @@ class Synthetic:
         return []
 
     def options(self) -> dict:
-        """All arguments."""
-        return asdict(self)
+        """All arguments, and a number that changes with the code that draws the log."""
+        return {**asdict(self), "generator": GENERATOR_VERSION}
 
     def total(self) -> int:
         """Users."""
@@ -198,8 +199,11 @@ class Synthetic:
         return np.argsort(-chance, axis=1, kind="stable")[:, :10]
 
     def tables(self) -> Tables:
-        """Nothing beside the events."""
-        return Tables()
+        """Ranking: the topic of each item, as a side feature (1, 2, ...; ever-new items have none that is known)."""
+        if self.kind == "retrieval" or self.arriving:
+            return Tables()
+        topics = (np.arange(self.num_items), self._topic + 1, self.num_interests + 1)
+        return Tables(item_features={"topic": topics})
 
     def schema(self, num_items: int) -> FeatureSchema:
         """Click, like and long view; the action id is their mask."""
