@@ -420,6 +420,19 @@ class HkvTable:
             "write_rows", self._handle, rows.data_ptr(), rows.numel(), _pointer(weights), _pointer(state)
         )  # fmt: skip
 
+    def export(self, since_step: int = 0, min_score: int = 0) -> dict[str, Tensor]:
+        """Keys (m,), weights (m, dim), state (m, state_dim), scores, steps and updates (m,), sorted by mixed key.
+
+        Args:
+            since_step: Only rows updated after this step, where it is not 0.
+            min_score: Only rows of this score or more.
+        """
+        from genrec.embedding.hkv.state import export_meta
+
+        meta = export_meta(self, since_step + 1 if since_step else 0, min_score)
+        weights, state = self.read_rows(meta.pop("rows"))
+        return {"keys": meta.pop("keys"), "weights": weights, "state": state, **meta}
+
     def pop_evicted(self) -> dict[str, Tensor]:
         """Rows evicted since the last call: keys (m,), scores (m,), weights (m, dim), state (m, state_dim).
 

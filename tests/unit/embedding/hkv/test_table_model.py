@@ -163,6 +163,20 @@ def test_strided_keys_spread_evenly_over_ranks(stride):
     assert counts.max() < 2150
 
 
+def test_export_by_score_and_by_step():
+    table, _ = build(384, 128, "lfu", 1)
+    table.find_or_insert(torch.arange(60).repeat(3))
+    table.find_or_insert(torch.arange(50, 90))
+    everything = table.export()
+    assert sorted(everything["keys"].tolist()) == list(range(90))
+    assert torch.equal(everything["weights"], table.embed(everything["keys"]))
+    assert sorted(table.export(since_step=1)["keys"].tolist()) == list(range(50, 90))
+    assert sorted(table.export(min_score=3)["keys"].tolist()) == list(range(60))
+    often = table.export(since_step=1, min_score=3)
+    assert sorted(often["keys"].tolist()) == list(range(50, 60))
+    assert often["scores"].tolist() == [4] * 10
+
+
 def test_meta_of_absent_keys_is_zero():
     table, _ = build(128, 128, "lfu", 1)
     table.find_or_insert(torch.tensor([7, 7, 8]))
