@@ -136,6 +136,7 @@ def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
         "hidden_dim": arguments.dim,
         "num_layers": 1, "num_heads": 2, "head_hidden_dims": [32], "dropout": 0.0, "input_dropout": 0.0,
         "learning_rate": 4e-3, "table_optimizer": "adagrad", "table_learning_rate": arguments.table_rate,
+        "embedding_std": 0.1,
     }  # fmt: skip
     contenders = make_contenders(arguments, items, common)
     print(f"{items.numel():,} ids come in {arguments.days} days, {arguments.window:,} of them at a time")
@@ -170,8 +171,8 @@ def best_reachable(store: Any, cases: Cases, labels: Tensor) -> float:
     return auc(torch.from_numpy(np.asarray(store.known[rows])[:, 0].astype(np.float64)), labels)
 
 
-def plot(curves: dict[str, list[float]], path: Path) -> None:
-    """AUC by day."""
+def plot(runs: list[dict[str, list[float]]], path: Path) -> None:
+    """AUC by day: the mean of the runs, and each of them faintly."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,8 +180,12 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4))
     styles = {"hkv": "C0-", "hashed": "C3-", "unbounded": "C2--", "best reachable": "k:"}
-    for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, styles[name], label=name)
+    for name, style in styles.items():
+        curves = np.array([one[name] for one in runs])
+        days = np.arange(1, curves.shape[1] + 1)
+        axes.plot(days, curves.mean(axis=0), style, label=name)
+        if name != "best reachable":
+            axes.plot(days, curves.T, style, alpha=0.2, linewidth=0.8)
     axes.set_xlabel("day (each brings new items)")
     axes.set_ylabel("AUC of the day's clicks, before training on them")
     axes.grid(alpha=0.3)
@@ -202,18 +207,19 @@ def main() -> None:
     parser.add_argument("--history", type=int, default=20)
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--table-rate", type=float, default=0.1, help="learning rate of the tables (Adagrad)")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--plot", type=Path, default=None)
     arguments = parser.parse_args()
     start = time.time()
-    curves = run(arguments)
+    runs = [run(argparse.Namespace(**vars(arguments), seed=seed)) for seed in arguments.seeds]
+    curves = {name: np.mean([one[name] for one in runs], axis=0) for name in runs[0]}
     third = max(1, arguments.days // 3)
     print(f"\n{'table':16}{'first third':>12}{'last third':>12}")
     for name, values in curves.items():
         print(f"{name:16}{np.mean(values[:third]):12.4f}{np.mean(values[-third:]):12.4f}")
     print(f"{time.time() - start:.0f} s")
     if arguments.plot is not None:
-        plot(curves, arguments.plot)
+        plot(runs, arguments.plot)
 
 
 if __name__ == "__main__":

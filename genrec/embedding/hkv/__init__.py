@@ -6,8 +6,6 @@ docs/dynamic-embeddings.md says.
 
 from genrec.embedding.hkv.checkpoint import (
     dump_increment,
-    export_parquet,
-    import_parquet,
     load_increment,
     load_tables,
     save_tables,
@@ -16,6 +14,7 @@ from genrec.embedding.hkv.checkpoint import (
 from genrec.embedding.hkv.collection import DynamicEmbeddingBagCollection, DynamicEmbeddingCollection
 from genrec.embedding.hkv.optimizer import HkvFusedOptimizer
 from genrec.embedding.hkv.options import HkvOptions
+from genrec.embedding.hkv.parquet import export_parquet, import_parquet
 from genrec.embedding.hkv.state import owner_rank
 from genrec.embedding.hkv.table import HkvOverflowError, HkvTable, Lookup
 

@@ -1,4 +1,4 @@
-"""Dynamic tables on disk: whole, incremental, as Parquet. Each rank has its files; any number of ranks loads them.
+"""Dynamic tables on disk, whole or incremental. Each rank has its files; any number of ranks loads them.
 
 A directory holds `manifest.json` and the files of one data folder that it names. A save writes a new data folder, then
 replaces the manifest in one step, then removes the old folder: killed at any moment, it leaves the previous save whole.
@@ -128,7 +128,7 @@ def dump_increment(
 def _save(
     module: nn.Module, directory: Path, group: dist.ProcessGroup | None, since: dict[str, int] | None
 ) -> None:  # fmt: skip
-    rank, world_size = _rank_and_size(group)
+    rank, world_size = rank_and_size(group)
     tables = find_tables(module)
     directory.mkdir(parents=True, exist_ok=True)
     folder = directory / f"data-{_agreed_name(group, world_size)}"
@@ -139,7 +139,7 @@ def _save(
         state = table_state(table, None if since is None else since[name])
         _write_state(folder, name, rank, state)
     _sync_directory(folder)
-    _barrier(group, world_size)
+    barrier(group, world_size)
     if rank == 0:
         manifest = {
             "format": FORMAT,
@@ -151,7 +151,7 @@ def _save(
         for old in directory.glob("data-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
-    _barrier(group, world_size)
+    barrier(group, world_size)
 
 
 def _write_state(folder: Path, name: str, rank: int, state: dict[str, Any]) -> None:
@@ -205,7 +205,7 @@ def load_tables(
     manifest = _read_manifest(directory)
     if manifest["since"] is not None:
         raise ValueError(f"'{directory}' is an increment: load its base with load_tables, then this by load_increment.")
-    rank, _ = _rank_and_size(process_group)
+    rank, _ = rank_and_size(process_group)
     for name, table in find_tables(module).items():
         scalars = _table_entry(manifest, name, directory)
         check_scalars(table, scalars)
@@ -229,7 +229,7 @@ def load_increment(
     manifest = _read_manifest(directory)
     if manifest["since"] is None:
         raise ValueError(f"'{directory}' is a whole save: use load_tables.")
-    rank, _ = _rank_and_size(process_group)
+    rank, _ = rank_and_size(process_group)
     for name, table in find_tables(module).items():
         scalars = _table_entry(manifest, name, directory)
         check_scalars(table, scalars)
@@ -323,78 +323,11 @@ def _read_share(folder: Path, name: str, source: int, dtype: str, world_size: in
     return part
 
 
-# Parquet --------------------------------------------------------------------------------------------------------------
-
-
-def export_parquet(
-    module: nn.Module, table_name: str, directory: str | Path, process_group: dist.ProcessGroup | None = None
-) -> None:
-    """Write a table's keys and rows to `directory/part-<rank>.parquet`: columns key (int64), row (list of fp32).
-
-    All ranks call it. Rows are those of training; files are replaced whole.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rank, world_size = _rank_and_size(process_group)
-    table = _named(module, table_name)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if table.world_size > 1 or rank == 0:
-        meta = export_meta(table)
-        weights, _ = table.read_rows(meta["rows"])
-        values = pa.FixedSizeListArray.from_arrays(pa.array(weights.flatten().numpy()), table.config.dim)
-        draft = directory / f".part-{rank:05d}.draft"
-        pq.write_table(pa.table({"key": meta["keys"].numpy(), "row": values}), draft)
-        os.replace(draft, directory / f"part-{rank:05d}.parquet")
-    _barrier(process_group, world_size)
-
-
-def import_parquet(
-    module: nn.Module, table_name: str, path: str | Path, process_group: dist.ProcessGroup | None = None
-) -> int:
-    """Put pretrained rows into a table, each into the rank that owns it; rows of other keys stay. All ranks call it.
-
-    Args:
-        module: The module with the table.
-        table_name: Of the table.
-        path: A Parquet file, or a directory of them, with columns key (int64) and row (lists as wide as the table).
-        process_group: Of the ranks.
-
-    Returns:
-        Rows that this rank took.
-
-    Raises:
-        ValueError: The rows are not as wide as the table's.
-    """
-    import pyarrow.dataset as ds
-
-    rank, _ = _rank_and_size(process_group)
-    table = _named(module, table_name)
-    rank = rank if table.world_size > 1 else 0
-    taken = 0
-    for batch in ds.dataset(path, format="parquet").to_batches(columns=["key", "row"]):
-        keys = torch.from_numpy(batch.column("key").to_numpy().astype(np.int64))
-        rows = np.asarray(batch.column("row").flatten(), dtype=np.float32)
-        if rows.size != keys.numel() * table.config.dim:
-            raise ValueError(f"'{path}': rows are not {table.config.dim} wide, as table '{table_name}' is.")
-        own = owner_rank(keys, table.world_size) == rank
-        table.insert_or_assign(keys[own], torch.from_numpy(rows.reshape(keys.numel(), -1)[own.numpy()].copy()))
-        taken += int(own.sum())
-    return taken
-
-
-def _named(module: nn.Module, name: str) -> HkvTable:
-    tables = find_tables(module)
-    if name not in tables:
-        raise ValueError(f"The module has no dynamic table '{name}'; it has {sorted(tables)}.")
-    return tables[name]
-
-
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
 
-def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Of this process; (0, 1) without torch.distributed."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
@@ -407,6 +340,7 @@ def _agreed_name(group: dist.ProcessGroup | None, world_size: int) -> str:
     return name[0]
 
 
-def _barrier(group: dist.ProcessGroup | None, world_size: int) -> None:
+def barrier(group: dist.ProcessGroup | None, world_size: int) -> None:
+    """Wait for the other ranks, if there are any."""
     if world_size > 1:
         dist.barrier(group)

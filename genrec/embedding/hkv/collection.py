@@ -100,7 +100,7 @@ def _rebuild_group(
     return group.train(training)
 
 
-class _DynamicCollection(nn.Module, FusedOptimizerModule):
+class DynamicCollection(nn.Module, FusedOptimizerModule):
     """What both collections share: the tables, their state, and checks."""
 
     PREFIX: str
@@ -160,7 +160,7 @@ class _DynamicCollection(nn.Module, FusedOptimizerModule):
             load_table_state(table, state[name])
 
 
-class DynamicEmbeddingCollection(_DynamicCollection):
+class DynamicEmbeddingCollection(DynamicCollection):
     """Sequence lookups in dynamic tables, like TorchRec's EmbeddingCollection; widths may differ between tables.
 
     In training mode a key that is new gets a row, and the backward pass updates the rows with the table's optimizer; in
@@ -197,7 +197,7 @@ class DynamicEmbeddingCollection(_DynamicCollection):
         return out
 
 
-class DynamicEmbeddingBagCollection(_DynamicCollection):
+class DynamicEmbeddingBagCollection(DynamicCollection):
     """Pooled lookups in dynamic tables, like TorchRec's EmbeddingBagCollection.
 
     Args:

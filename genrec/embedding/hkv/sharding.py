@@ -6,8 +6,7 @@ remainder of the unsigned number, and turned back after the exchange.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,21 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList, ShardedEmbeddingModule
+from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingDist
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist, RwSparseFeaturesDist
 from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
 from torchrec.distributed.types import (
     Awaitable,
     EmbeddingModuleShardingPlan,
-    EnumerableShardingSpec,
     LazyAwaitable,
     ModuleSharder,
-    ParameterSharding,
     ShardingEnv,
-    ShardingPlan,
-    ShardingType,
-    ShardMetadata,
 )
 from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import KeyedOptimizer
@@ -37,17 +31,40 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec.streamable import Multistreamable
 
 from genrec.embedding.config import EmbeddingTableConfig
-from genrec.embedding.hkv._binding import Options
 from genrec.embedding.hkv.checkpoint import saved_separately
 from genrec.embedding.hkv.collection import (
+    DynamicCollection,
     DynamicEmbeddingBagCollection,
     DynamicEmbeddingCollection,
     TableGroup,
-    _DynamicCollection,
     split_features,
 )
-from genrec.embedding.hkv.options import BUCKET_SLOTS, HkvOptions, engine_options, state_floats
+from genrec.embedding.hkv.planning import (
+    TableBytes,
+    add_dynamic_tables,
+    dynamic_collections,
+    planner_storage,
+    rank_capacity,
+    reserve_bytes,
+    table_bytes,
+)
 from genrec.embedding.hkv.state import insert_state, load_table_state, mix_keys, owner_rank, table_state
+
+__all__ = [
+    "DynamicEmbeddingBagCollectionSharder",
+    "DynamicEmbeddingCollectionSharder",
+    "DynamicShardingContext",
+    "ShardedDynamicEmbeddingBagCollection",
+    "ShardedDynamicEmbeddingCollection",
+    "TableBytes",
+    "add_dynamic_tables",
+    "dynamic_collections",
+    "dynamic_sharders",
+    "planner_storage",
+    "rank_capacity",
+    "reserve_bytes",
+    "table_bytes",
+]
 
 
 @dataclass
@@ -68,7 +85,7 @@ class DynamicShardingContext(Multistreamable):
 class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardingContext], FusedOptimizerModule):
     """What both sharded collections share: this rank's shares of the tables, the exchange of keys, the state."""
 
-    def __init__(self, module: _DynamicCollection, env: ShardingEnv, device: torch.device | None) -> None:
+    def __init__(self, module: DynamicCollection, env: ShardingEnv, device: torch.device | None) -> None:
         super().__init__()
         if device is not None and device.type != "cpu":
             raise NotImplementedError(
@@ -98,7 +115,7 @@ class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardin
     def _input_dist_module(self, num_features: int) -> RwSparseFeaturesDist:
         raise NotImplementedError
 
-    def _take_rows(self, module: _DynamicCollection) -> None:
+    def _take_rows(self, module: DynamicCollection) -> None:
         """This rank's share of what the unsharded tables already hold."""
         rank, world_size = self._pg.rank(), self._pg.size()
         for name, table in self.group.tables.items():
@@ -333,7 +350,7 @@ def _select(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
     return features.permute([present.index(name) for name in names])
 
 
-# Sharders and plans ---------------------------------------------------------------------------------------------------
+# Sharders ---------------------------------------------------------------------------------------------------
 
 
 class DynamicEmbeddingCollectionSharder(ModuleSharder[DynamicEmbeddingCollection]):
@@ -379,117 +396,3 @@ class DynamicEmbeddingBagCollectionSharder(ModuleSharder[DynamicEmbeddingBagColl
 def dynamic_sharders() -> list[ModuleSharder[Any]]:
     """The sharders of dynamic tables, for DistributedModelParallel beside TorchRec's own."""
     return [DynamicEmbeddingCollectionSharder(), DynamicEmbeddingBagCollectionSharder()]
-
-
-def dynamic_collections(module: nn.Module) -> dict[str, _DynamicCollection]:
-    """The unsharded collections of dynamic tables in a module, by their path."""
-    return {path: child for path, child in module.named_modules() if isinstance(child, _DynamicCollection)}
-
-
-def add_dynamic_tables(plan: ShardingPlan, module: nn.Module, world_size: int, device: str = "cpu") -> ShardingPlan:
-    """Enter every collection of dynamic tables into a plan, row-wise over all ranks.
-
-    Args:
-        plan: Made by TorchRec's planner for the rest of the module; changed in place.
-        module: The module that DistributedModelParallel will wrap.
-        world_size: Ranks.
-        device: Of the ranks.
-
-    Returns:
-        The plan.
-    """
-    for path, collection in dynamic_collections(module).items():
-        plan.plan[path] = EmbeddingModuleShardingPlan(
-            {config.name: _parameter_sharding(config, world_size, device) for config in collection.table_configs()}
-        )
-    return plan
-
-
-def _parameter_sharding(config: EmbeddingTableConfig, world_size: int, device: str) -> ParameterSharding:
-    rows = rank_capacity(config, world_size)
-    shards = [
-        ShardMetadata([rows * rank, 0], [rows, config.dim], f"rank:{rank}/{device}") for rank in range(world_size)
-    ]
-    return ParameterSharding(
-        sharding_type=ShardingType.ROW_WISE.value,
-        compute_kernel=EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
-        ranks=list(range(world_size)),
-        sharding_spec=EnumerableShardingSpec(shards),
-    )
-
-
-def rank_capacity(config: EmbeddingTableConfig, world_size: int) -> int:
-    """Slots of one rank's share when it is fully grown."""
-    options = engine_options(config, HkvOptions.from_config(config), 0, world_size)
-    return int(options.max_buckets) * BUCKET_SLOTS
-
-
-@dataclass(frozen=True)
-class TableBytes:
-    """Memory of one rank's share of a table, fully grown.
-
-    Attributes:
-        index: Keys, scores and counters.
-        fast: Rows of the fast tier.
-        overflow: Rows of the overflow tier.
-        file: Rows on disk.
-    """
-
-    index: int
-    fast: int
-    overflow: int
-    file: int
-
-
-def table_bytes(config: EmbeddingTableConfig, world_size: int = 1) -> TableBytes:
-    """What one rank's share of a table takes when it is fully grown."""
-    options = HkvOptions.from_config(config)
-    engine: Options = engine_options(config, options, 0, world_size)
-    buckets = int(engine.max_buckets)
-    scored, tiered = options.score in ("lfu", "epoch_lfu", "custom"), engine.fast_positions < BUCKET_SLOTS
-    slot = 1 + 8 + 4 + 4 + 4 + (8 if scored else 0) + (1 if tiered else 0)
-    counters = 16 * int(engine.admission_ways) * buckets if options.admission_threshold > 1 else 0
-    row = config.dim * (4 if config.dtype == "fp32" else 2) + 4 * state_floats(config.optimizer.name, config.dim)
-    fast, overflow = int(engine.fast_positions), int(engine.overflow_positions)
-    file = BUCKET_SLOTS - fast - overflow
-    return TableBytes(
-        slot * BUCKET_SLOTS * buckets + counters, fast * row * buckets, overflow * row * buckets, file * row * buckets
-    )
-
-
-def reserve_bytes(tables: Iterable[EmbeddingTableConfig] | Mapping[str, _DynamicCollection], world_size: int) -> int:
-    """Memory to set aside on each rank for dynamic tables before TorchRec's planner places the others.
-
-    Args:
-        tables: Configs, or collections as `dynamic_collections` returns them.
-        world_size: Ranks.
-    """
-    configs = [c for m in tables.values() for c in m.table_configs()] if isinstance(tables, Mapping) else list(tables)
-    sizes = [table_bytes(config, world_size) for config in configs]
-    return math.ceil(sum(size.index + size.fast + size.overflow for size in sizes))
-
-
-def planner_storage(tables: Iterable[EmbeddingTableConfig] | Mapping[str, _DynamicCollection], world_size: int) -> Any:
-    """A TorchRec StorageReservation that sets the dynamic tables' memory aside, for EmbeddingShardingPlanner.
-
-    It takes what TorchRec's own heuristic takes, and the tables' bytes from each rank's host memory.
-    """
-    from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
-
-    taken = reserve_bytes(tables, world_size)
-
-    class DynamicTableReservation(HeuristicalStorageReservation):
-        """Sets dynamic tables' memory aside."""
-
-        def reserve(self, topology: Any, *args: Any, **kwargs: Any) -> Any:
-            reserved = super().reserve(topology, *args, **kwargs)
-            for device in reserved.devices:
-                device.storage.ddr -= taken
-                if device.storage.ddr < 0:
-                    raise MemoryError(
-                        f"Dynamic tables take {taken:,} bytes on each rank, more than rank {device.rank} has left: "
-                        "lower their capacity, or use more ranks."
-                    )
-            return reserved
-
-    return DynamicTableReservation(percentage=0.15)

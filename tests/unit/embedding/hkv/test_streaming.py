@@ -1,16 +1,32 @@
 """The recipe with ever-new items, and the comparison that the documentation shows, both small."""
 
 import importlib.util
+import re
 import sys
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from genrec.embedding.hkv import HkvOptions
 from genrec.recipes import ranking
 
 ROOT = Path(__file__).resolve().parents[4]
+
+
+def test_the_documented_example(capsys):
+    page = (ROOT / "docs" / "dynamic-embeddings.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    exec(compile(example, "dynamic-embeddings.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.split() == ["3"]
+
+
+def test_the_documented_options_are_the_options():
+    page = (ROOT / "docs" / "dynamic-embeddings.md").read_text().split("## Options")[1].split("## Tiers")[0]
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.M)))
+    assert sorted(named) == sorted(field.name for field in fields(HkvOptions))
 
 
 def test_the_streaming_recipe_runs_on_raw_ids(tmp_path):
