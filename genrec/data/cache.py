@@ -121,13 +121,14 @@ def prepare(
         reader: Where events come from.
         cache_dir: Folder of prepared data; None: the environment variable GENREC_CACHE, else ~/.cache/genrec.
         tie_break: Order of one user's events at the same time: "input" (the order of the input, stable) or "item"
-            (ascending raw item id).
+            (ascending raw item id; of string ids, the order in which they first appear). "item" needs times.
         remap_items: Give items ids 0 .. V - 1 in the order of their raw ids. False keeps raw ids (for tables that take
-            any id).
+            any id); item features, which are looked up by item id, are then left out.
         progress: Show a progress bar while preparing.
 
     Raises:
         DataError: Missing or malformed input; nothing is left behind.
+        ValueError: tie_break "item" for data without times, or another name.
     """
     root = Path(cache_dir or os.environ.get("GENREC_CACHE") or Path.home() / ".cache" / "genrec").expanduser()
     source = {
@@ -201,7 +202,8 @@ class _Builder:
         saved = self._finish(tables, user_keys, offsets)
         num_items = len(self.items) if self.remap else self.largest_item + 1
         schema = self.reader.schema(num_items)
-        schema.side_features.update({name: size for name, (_, _, size) in tables.item_features.items()})
+        if self.remap:
+            schema.side_features.update({name: size for name, (_, _, size) in tables.item_features.items()})
         schema.contextual_features.update({name: size for name, (_, _, size) in tables.user_features.items()})
         save_manifest(self.work, schema, [*self._event_columns(), *saved], source)
 
@@ -248,6 +250,13 @@ class _Builder:
         if self.columns is None:
             self.columns = [name for name in _OPTIONAL if getattr(chunk, name) is not None]
             self.num_known = 0 if chunk.known is None else chunk.known.shape[1]
+            if self.tie_break == "item" and "timestamp" not in self.columns:
+                raise ValueError("tie_break='item' needs timestamps, and the data has none: use tie_break='input'.")
+        present = [name for name in _OPTIONAL if getattr(chunk, name) is not None]
+        if present != self.columns:
+            raise DataError(
+                f"{type(self.reader).__name__}: the first chunk has the columns {self.columns}, a later one {present}."
+            )
         records = np.empty(len(chunk.user), self._record())
         for name in self._record().names or ():
             records[name] = getattr(chunk, name)
@@ -323,7 +332,7 @@ class _Builder:
                 (self.work / f"{kind}_names.json").write_text(json.dumps(names))
         saved = []
         for prefix, keys, features in (
-            ("item_feature", item_keys, tables.item_features),
+            ("item_feature", item_keys, tables.item_features if self.remap else {}),
             ("user_feature", user_keys, tables.user_features),
         ):
             for name, (raw, ids, _) in features.items():

@@ -84,6 +84,8 @@ class SequenceDataModule(L.LightningDataModule):
         super().__init__()
         if kind not in ("retrieval", "ranking"):
             raise ValueError(f"kind must be 'retrieval' or 'ranking', got '{kind}'.")
+        if (rank is None) != (world_size is None):
+            raise ValueError("rank and world_size go together: give both, or neither for the trainer's.")
         self.reader, self.kind = reader, kind
         self.split = Split(split, val_share, test_share, seed)
         self.max_seqlen, self.batch_size, self.eval_batch_size = max_seqlen, batch_size, eval_batch_size

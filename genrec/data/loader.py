@@ -83,8 +83,10 @@ class BatchPlan:
         ordered = order[np.argsort(self.lengths[order], kind="stable")]
         groups, start = [], 0
         while start < len(ordered):
-            # Ascending lengths: with k cases a rank, none has more than k times the longest of the group.
-            longest = self.lengths[ordered[start:]]
+            # Ascending lengths: with k cases a rank, none has more than k times the longest of the group, nor less
+            # than k times the shortest, which bounds k.
+            most = self.world_size * (self.token_budget // max(1, int(self.lengths[ordered[start]])))
+            longest = self.lengths[ordered[start : start + most]]
             per_rank = np.arange(1, len(longest) // self.world_size + 1)
             fits = per_rank * longest[per_rank * self.world_size - 1] <= self.token_budget
             size = max(1, int(fits.sum())) * self.world_size
@@ -130,7 +132,8 @@ class SequenceLoader:
             yield batch
 
     def _make(self, todo: list[tuple[int, NDArray]]) -> Iterator[SequenceBatch]:
-        make = _Make(self.cases, self.collator, self.sampler.seed, self.sampler.epoch)
+        rank, world_size = self.sampler.rank, self.sampler.world_size
+        make = _Make(self.cases, self.collator, [self.sampler.seed, 2, self.sampler.epoch], rank, world_size)
         if self.num_workers == 0:
             for item in todo:
                 batch = make(item)
@@ -146,20 +149,31 @@ class SequenceLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches that were handed out in it."""
-        return {"epoch": self.sampler.epoch, "position": self.position, "world_size": self.sampler.world_size}
+        return {
+            "epoch": self.sampler.epoch,
+            "position": self.position,
+            "batches": len(self),
+            "world_size": self.sampler.world_size,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. A finished epoch starts anew.
 
         Raises:
-            ValueError: In mid-epoch, another number of ranks: the batches left are not the same ones.
+            ValueError: In mid-epoch, another number of ranks or of batches: the batches left are not the same ones.
         """
         self.sampler.set_epoch(state["epoch"])
-        mid_epoch = 0 < state["position"] < len(self)
+        batches = state.get("batches", len(self))
+        mid_epoch = 0 < state["position"] < batches
         if mid_epoch and state["world_size"] != self.sampler.world_size:
             raise ValueError(
                 f"The position in the epoch was saved with {state['world_size']} ranks, now there are "
                 f"{self.sampler.world_size}. Resume from a checkpoint at the end of an epoch, or with as many ranks."
+            )
+        if mid_epoch and batches != len(self):
+            raise ValueError(
+                f"The position in the epoch was saved with {batches} batches in it, now there are {len(self)}. Resume "
+                "with the same data and batch size, or from a checkpoint at the end of an epoch."
             )
         self.position = state["position"] if mid_epoch else 0
         self._resume = mid_epoch
@@ -167,14 +181,15 @@ class SequenceLoader:
 
 @dataclass
 class _Make:
-    """(number, indices) -> batch; draws are a function of seed, epoch and number, whatever process makes it."""
+    """(number, indices) -> batch; draws are a function of seed, epoch, number and rank, whatever process makes it."""
 
     cases: Cases
     collator: Collator
-    seed: int
-    epoch: int
+    seed: list[int]
+    rank: int
+    world_size: int
 
     def __call__(self, item: tuple[int, NDArray]) -> SequenceBatch:
         number, index = item
-        rng = np.random.default_rng([self.seed, 2, self.epoch, number])
+        rng = np.random.default_rng([*self.seed, number * self.world_size + self.rank])
         return self.collator(self.cases.take(index), rng)

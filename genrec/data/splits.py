@@ -138,10 +138,19 @@ def retrieval_cases(store: EventStore, split: Split, stage: Stage, max_seqlen: i
     first, last, begin = first[users], last[users], begin[users]
     stop, first_label = last - 1, first - 1
     start = np.maximum(begin, stop - max_seqlen)
-    newest = Cases(users, start, np.maximum(first_label, start), stop)
-    if stage == "train":
-        return _with_older(newest, begin, first_label, max_seqlen) if all_windows else newest
-    return _with_older(newest, begin, first_label, max_seqlen, keep_history=True)
+    training = stage == "train"
+    newest = Cases(users, start, _labels_from(first_label, start, begin, max_seqlen, not training), stop)
+    if training and not all_windows:
+        return newest
+    return _with_older(newest, begin, first_label, max_seqlen, keep_history=not training)
+
+
+def _labels_from(
+    first_label: NDArray, start: NDArray, begin: NDArray, max_seqlen: int, keep_history: bool
+) -> NDArray[np.int64]:
+    """First labelled row of a window; with `keep_history` a cut-off window's older half is history only, so that every
+    label has some."""
+    return np.maximum(first_label, start + (np.where(start > begin, max_seqlen // 2, 0) if keep_history else 0))
 
 
 def _with_older(
@@ -156,8 +165,7 @@ def _with_older(
         current, begin, first_label = current.take(left), begin[left], first_label[left]
         stop = current.first_label
         start = np.maximum(begin, stop - max_seqlen)
-        # At evaluation a window's older half is history only, so that every label has some.
-        labels = np.maximum(first_label, start + (np.where(start > begin, max_seqlen // 2, 0) if keep_history else 0))
+        labels = _labels_from(first_label, start, begin, max_seqlen, keep_history)
         current = Cases(current.user, start, labels, stop)
         parts.append(current)
     return Cases(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))

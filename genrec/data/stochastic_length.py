@@ -81,6 +81,7 @@ class StochasticLength:
         if self.selection == "recent":
             age = (np.arange(older, 0, -1) if times is None else times[-1] - times[:-1]).astype(np.float64)
             weights = 1.0 - age / max(age.sum(), 1.0)
-            weights /= weights.sum()
+            # One older row alone has no weight; it isn't drawn either.
+            weights = weights / weights.sum() if weights.any() else None
         chosen = rng.choice(older, size=self.short_length - 1, replace=False, p=weights)
         return np.append(start + np.sort(chosen), end - 1)

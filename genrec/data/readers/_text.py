@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ def find(folder: str | Path, *names: str) -> Path:
 
 
 def read_chunks(
-    path: Path, columns: dict[str, Any], *, separator: str, header: bool, encoding: str = "utf8"
+    path: Path,
+    columns: dict[str, Any],
+    *,
+    separator: str,
+    header: bool,
+    encoding: str = "utf8",
+    optional: Collection[str] = (),
 ) -> Iterator[tuple[Any, int]]:
     """Polars frames of up to about a million lines, with the number of lines read so far.
 
@@ -40,6 +47,7 @@ def read_chunks(
         separator: One character.
         header: The first line has the names.
         encoding: "utf8", or "latin-1" for old files.
+        optional: Columns that may be empty (null in the frame).
 
     Raises:
         DataError: A column is missing, or a value doesn't fit its type; the message has the line.
@@ -63,12 +71,21 @@ def read_chunks(
             ).select(list(columns))
         lines = 0
         for frame in frames.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
-            yield _typed(frame, columns, path, lines + (2 if header else 1)), lines + len(frame)
+            yield _typed(frame, columns, path, lines + (2 if header else 1), optional), lines + len(frame)
             lines += len(frame)
     except pl.exceptions.NoDataError:
         raise DataError(f"{path} is empty.") from None
     except pl.exceptions.ComputeError as error:
-        raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
+        place = _longer_line(path, separator, header)
+        raise DataError(f"{path}{place}: {str(error).splitlines()[0]}") from None
+
+
+def _longer_line(path: Path, separator: str, quoted: bool) -> str:
+    """ ", line n": the first one with more columns than line 1; "" where there is none."""
+    with path.open(encoding="utf8", errors="replace", newline="") as stream:
+        lines = csv.reader(stream, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+        width = len(next(lines, []))
+        return next((f", line {lines.line_num}" for line in lines if len(line) > width), "")
 
 
 def _check_header(path: Path, columns: dict[str, Any], separator: str) -> None:
@@ -93,15 +110,13 @@ def _wide(path: Path, separator: str, columns: dict[str, Any]) -> dict[str, Any]
     return {**columns, **{f"_{number}": pl.String for number in range(len(columns), width)}}
 
 
-def _typed(frame: Any, columns: dict[str, Any], path: Path, first_line: int) -> Any:
+def _typed(frame: Any, columns: dict[str, Any], path: Path, first_line: int, optional: Collection[str]) -> Any:
     """The frame with its types; a value that doesn't fit is an error with its line."""
     import polars as pl
 
     typed = frame.select(pl.col(name).str.strip_chars().cast(kind, strict=False) for name, kind in columns.items())
     for name, kind in columns.items():
-        if kind == pl.String and not typed[name].null_count():
-            continue
-        if typed[name].null_count():
+        if name not in optional and typed[name].null_count():
             row = int(typed[name].is_null().arg_max())  # type: ignore[arg-type]
             raise DataError(f"{path}, line {first_line + row}, column {name}: {frame[name][row]!r} is not {kind}.")
     return typed
@@ -129,7 +144,8 @@ class Codes:
         return list(self.codes)
 
 
-def category(values: list[str]) -> tuple[NDArray[np.int32], int]:
-    """Ids 1, 2, ... of the sorted distinct values (0 is kept for unknown), and the number of ids."""
-    distinct = {value: number for number, value in enumerate(sorted(set(values)), start=1)}
-    return np.array([distinct[value] for value in values], np.int32), len(distinct) + 1
+def category(values: Sequence[str | None]) -> tuple[NDArray[np.int32], int]:
+    """Ids 1, 2, ... of the sorted distinct values (0 is for unknown: None), and the number of ids."""
+    known = sorted({value for value in values if value is not None})
+    distinct: dict[str | None, int] = {value: number for number, value in enumerate(known, start=1)}
+    return np.array([distinct.get(value, 0) for value in values], np.int32), len(known) + 1

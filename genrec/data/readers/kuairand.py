@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,8 @@ class KuaiRand:
         if not files:
             return {}
         kinds = {key: pl.Int64, **dict.fromkeys(names, pl.String)}
-        parts = [frame for file in files for frame, _ in read_chunks(file, kinds, separator=",", header=True)]
+        read = partial(read_chunks, columns=kinds, separator=",", header=True, optional=names)
+        parts = [frame for file in files for frame, _ in read(file)]
         frame = pl.concat(parts).unique(key, keep="first", maintain_order=True)
         keys = frame[key].to_numpy()
         return {name: (keys, *category(frame[name].to_list())) for name in names}

@@ -63,9 +63,13 @@ class MovieLens:
             kinds = {"userId": pl.Int64, "movieId": pl.Int64, "rating": pl.Float32, "timestamp": pl.Int64}
             frames = (frame for frame, _ in read_chunks(ratings, kinds, separator=",", header=True))
             names = list(kinds)
-        done = 0
+        done, lines = 0, 1 + (ratings.suffix == ".csv")
         for frame in frames:
             user, item, rating, time = (frame[name].to_numpy() for name in names)
+            if not (fits := (rating >= 0) & (rating <= 5)).all():
+                wrong = int(np.argmin(fits))
+                raise DataError(f"{ratings}, line {lines + wrong}: rating {rating[wrong]:g} is not in [0, 5].")
+            lines += len(frame)
             done = min(self.total(), done + len(frame) * 20)
             labels = (rating >= 4) + 2 * (rating >= 5)
             yield EventChunk(user, item, time, np.ceil(rating).astype(np.int32), labels, rating, progress=done)
@@ -75,7 +79,7 @@ class MovieLens:
         tables = Tables()
         for file in self.files()[1:]:
             kind, parse, names = _PARSERS[file.name]
-            lines = file.read_text(encoding="utf8" if file.suffix == ".csv" else "latin-1").splitlines()
+            lines = file.read_text(encoding="utf8" if file.suffix == ".csv" else "latin-1").rstrip("\n").split("\n")
             rows = []
             for number, line in enumerate(lines, start=1):
                 if number == 1 and file.suffix == ".csv":
@@ -101,7 +105,7 @@ def _double_colon(path: Path, kinds: dict) -> Iterator:
 
     kept = {name: kind for name, kind in kinds.items() if not name.startswith("_")}
     loose = {name: (pl.String if name.startswith("_") else kind) for name, kind in kinds.items()}
-    for frame, _ in read_chunks(path, loose, separator=":", header=False):
+    for frame, _ in read_chunks(path, loose, separator=":", header=False, optional=set(kinds) - set(kept)):
         yield frame.select(list(kept))
 
 

@@ -79,6 +79,7 @@ class ParquetTable:
         wanted = [self.user, self.item, *([self.timestamp] if self.timestamp else []), *self.labels]
         wanted += [self.value] if self.value else []
         done = 0
+        kinds: dict[str, Any] = {}
         for path in self.files():
             try:
                 file = pq.ParquetFile(path)
@@ -87,6 +88,10 @@ class ParquetTable:
             missing = [name for name in wanted if name not in file.schema_arrow.names]
             if missing:
                 raise DataError(f"{path} has no column {', '.join(missing)}; it has {file.schema_arrow.names}.")
+            for name in (self.user, self.item):
+                kind = file.schema_arrow.field(name).type
+                if kinds.setdefault(name, kind) != kind:
+                    raise DataError(f"{path}, column {name} is of type {kind}, in the files before of {kinds[name]}.")
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 done += batch.num_rows
                 columns = {name: batch.column(name) for name in wanted}
@@ -100,6 +105,8 @@ class ParquetTable:
         for name, column in lists.items():
             if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
                 raise DataError(f"{path}, column {name}: layout 'sequences' needs lists, found {column.type}.")
+            if column.null_count:
+                raise DataError(f"{path}, column {name}: {column.null_count} missing lists.")
         lengths = pc.list_value_length(lists[self.item])
         for name, column in lists.items():
             if not pc.list_value_length(column).equals(lengths):
