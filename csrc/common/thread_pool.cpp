@@ -1,7 +1,8 @@
 #include "common/thread_pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace genrec {
@@ -15,23 +16,17 @@ constexpr auto kSpin = std::chrono::microseconds(30);
 }  // namespace
 
 ThreadPool& ThreadPool::instance() {
-  // Never destroyed: at exit other threads may still be inside a call.
-  static ThreadPool* pool = new ThreadPool();
+  // Never destroyed: at exit other threads may still be inside a call. After fork() the child gets a new one: the old
+  // one's helpers exist in the parent only, and its locks and conditions still wait for them.
+  static std::atomic<ThreadPool*> pool{new ThreadPool()};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool = new ThreadPool(); });
+  (void)registered;
   return *pool;
 }
 
 ThreadPool::~ThreadPool() { stop(); }
 
 void ThreadPool::start(int helpers) {
-  const int64_t process = getpid();
-  if (process_ != process && !helpers_.empty()) {
-    // After fork() the helpers exist in the parent only. Their handles can be neither joined nor destroyed here.
-    new std::vector<std::thread>(std::move(helpers_));
-    helpers_.clear();
-    busy_ = 0;
-    invited_ = 0;
-  }
-  process_ = process;
   while (static_cast<int>(helpers_.size()) < helpers) {
     helpers_.emplace_back(&ThreadPool::work, this, job_.load());
   }

@@ -41,7 +41,6 @@ class ThreadPool {
   int invited_ = 0;              // helpers that may still join the job
   std::atomic<int> busy_{0};     // helpers inside the job
   std::atomic<bool> quit_{false};
-  int64_t process_ = 0;
 };
 
 }  // namespace genrec

@@ -32,7 +32,7 @@ Arena::Arena(size_t bytes, const std::string& directory) : bytes_(bytes) {
   }
   data_ = static_cast<uint8_t*>(memory);
   // Rows are visited at random: large pages save most of the address translation.
-  if (file_ < 0) madvise(memory, bytes, MADV_HUGEPAGE);
+  if (file_ < 0) advise_large_pages(memory, bytes);
 }
 
 Arena::~Arena() {
@@ -59,7 +59,9 @@ void advise_large_pages(void* memory, size_t bytes) {
   constexpr uintptr_t kLarge = uintptr_t{2} << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kLarge - 1) / kLarge * kLarge;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLarge * kLarge;
+#if defined(MADV_HUGEPAGE)
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 RowStore::RowStore(uint64_t num_buckets, const StoreView& shape, const std::string& directory) : view_(shape) {

@@ -415,6 +415,86 @@ def test_dynamic_tables_beside_static_ones_with_planner_and_rates():
     assert one[0] > one[2]
 
 
+class Joined(nn.Module):
+    """A model whose only lookup is `EmbeddingTables` with tables of both backends."""
+
+    def __init__(self, configs: list[EmbeddingTableConfig]) -> None:
+        super().__init__()
+        from genrec.embedding.tables import EmbeddingTables
+
+        self.tables = EmbeddingTables(configs)
+        self.loss = SquaredDistance()
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        loss = self.loss(self.tables(features))
+        return loss, loss.detach()
+
+
+class SquaredDistance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = nn.Parameter(torch.ones(8))
+
+    def forward(self, rows: dict[str, Any]) -> Tensor:
+        return sum(
+            (jagged.values() - self.target).square().sum() / jagged.lengths().numel() for jagged in rows.values()
+        )
+
+
+def _both_backends_pipelined(rank: int, world_size: int) -> tuple[list[float], list[float], int, str]:
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+    from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+    def build() -> Any:
+        start = InitializerConfig("constant", value=0.5)
+        configs = [
+            EmbeddingTableConfig("static_a", 8, ["a"], num_embeddings=80, initializer=start),
+            EmbeddingTableConfig("dynamic_b", 8, ["b"], backend="hkv", capacity=512, initializer=start),
+        ]
+        model = Joined(configs)
+        for collection in model.tables.static.values():
+            apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 0.1})
+        sharder = EmbeddingCollectionSharder()
+        planner = EmbeddingShardingPlanner(topology=Topology(world_size=world_size, compute_device="cpu"))
+        plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
+        return sharded(model, world_size, plan, [sharder])
+
+    def batch(step: int) -> KeyedJaggedTensor:
+        made = local_batch(step, rank, world_size)
+        ids = made["a"].values().abs() % 80
+        return KeyedJaggedTensor(
+            FEATURES, torch.cat([ids, made["b"].values(), made["c"].values()]), lengths=made.lengths()
+        )
+
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    plain = []
+    for step in range(4):
+        loss, value = model(batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plain.append(mean_over_ranks(value))
+    model = build()
+    pipeline = TrainPipelineSparseDist(model, torch.optim.SGD(model.parameters(), lr=0.01), torch.device("cpu"))
+    batches = iter([batch(step) for step in range(4)])
+    losses = [mean_over_ranks(pipeline.progress(batches)) for _ in range(4)]
+    try:
+        DynamicEmbeddingCollection([table("c", 4, ["c"], "sgd")])(batch(0))
+    except RuntimeError as error:
+        return plain, losses, len(pipeline._pipelined_modules), str(error)
+    return plain, losses, len(pipeline._pipelined_modules), ""
+
+
+def test_tables_of_both_backends_are_pipelined_together():
+    for plain, pipelined, modules, error in run_ranks(_both_backends_pipelined, 2):
+        assert pipelined == pytest.approx(plain, rel=1e-6)
+        assert modules == 2
+        assert "are not sharded, but 2 ranks train" in error
+
+
 def _rates(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     model = new_model(world_size)
     train(model, rank, world_size, 0, 1)

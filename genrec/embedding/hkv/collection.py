@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import KeyedOptimizer
@@ -119,6 +120,18 @@ class DynamicCollection(nn.Module, FusedOptimizerModule):
         # The seed that seed_everything set; no number is drawn, so the rest of the model starts as without the tables.
         self.seed = torch.initial_seed() % 2**32 if seed is None else seed
         self.group = TableGroup(tables, self.seed, prefix=self.PREFIX)
+        self.replicas_agree = False
+        """Set it where several ranks train unsharded copies on the same batches, so that these stay equal."""
+
+    def _check_ranks(self) -> None:
+        if not self.training or self.replicas_agree or not dist.is_available() or not dist.is_initialized():
+            return
+        if dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"Dynamic tables {sorted(self.tables)} are not sharded, but {dist.get_world_size()} ranks train: each "
+                "rank's copy would learn from its own batches alone. Shard them: Trainer(strategy='hybrid_parallel'), "
+                "or DistributedModelParallel with genrec.embedding.hkv.sharding."
+            )
 
     @property
     def tables(self) -> dict[str, HkvTable]:
@@ -185,7 +198,9 @@ class DynamicEmbeddingCollection(DynamicCollection):
         Raises:
             KeyError: A table's feature is missing.
             HkvOverflowError: See `HkvOptions.on_overflow`.
+            RuntimeError: Several ranks train, and the tables are not sharded.
         """
+        self._check_ranks()
         out: dict[str, JaggedTensor] = {}
         for config in self._configs:
             parts = split_features(features, config.feature_names)
@@ -237,6 +252,7 @@ class DynamicEmbeddingBagCollection(DynamicCollection):
             KeyError: A table's feature is missing.
             HkvOverflowError: See `HkvOptions.on_overflow`.
         """
+        self._check_ranks()
         names, dims, values = [], [], []
         for config in self._configs:
             parts = split_features(features, config.feature_names)

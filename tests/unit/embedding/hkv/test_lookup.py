@@ -285,6 +285,24 @@ def test_bit_equal_for_any_threads_instruction_set_and_repetition():
     assert len(set(results)) == 1, results
 
 
+def test_a_forked_process_can_look_up():
+    """A data loader's worker is forked while the parent's threads exist."""
+    table = HkvTable(config(), seed=0)
+    keys = torch.arange(5000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = table.embed(keys)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(table.embed(keys), expected) else 1)
+        _, status = os.waitpid(child, 0)
+    finally:
+        torch.set_num_threads(threads)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert torch.equal(table.embed(keys), expected)
+
+
 def test_ops_pass_torchs_own_checks():
     table = HkvTable(config(), seed=0)
     keys = torch.tensor([1, 2, 2])
