@@ -1,13 +1,13 @@
 """Synthetic logs whose best reachable metrics are known exactly.
 
 Ranking. Every user has one interest at a time, out of `num_interests`, that may change from one session to the next.
-A session shows `session_length` items, drawn by a Zipf law whatever the interest. Each item belongs to one topic, its side feature; the
-chance of a click is high where the topic is the interest, low elsewhere, both shifted by the item's own appeal. A
-clicked item is liked, and viewed long, with chances of its own. So what a user does next depends on what the user did
-before, and only through the interest. Since the interest is a hidden Markov chain over few states, the forward
-algorithm gives exactly P(interest | all earlier sessions), hence the exact chance of each label given the history
-before its session: no predictor that reads the same history can rank better in expectation. These chances are stored
-beside the events, and their AUC is the best reachable.
+A session shows `session_length` items, drawn by a Zipf law whatever the interest. Each item belongs to one topic, its
+side feature; the chance of a click is high where the topic is the interest, low elsewhere, both shifted by the item's
+own appeal. A clicked item is liked, and viewed long, with chances of its own. So what a user does next depends on what
+the user did before, and only through the interest. Since the interest is a hidden Markov chain over few states, the
+forward algorithm gives exactly P(interest | all earlier sessions), hence the exact chance of each label given the
+history before its session: no predictor that reads the same history can rank better in expectation. These chances are
+stored beside the events, and their AUC is the best reachable.
 
 Retrieval. The next item is one of `num_successors` fixed successors of the last one with probability
 `follow_probability`, else drawn by the Zipf law. The best list of ten is known, and so is the HR@10 that it reaches.

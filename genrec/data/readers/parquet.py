@@ -62,15 +62,10 @@ class ParquetTable:
 
     def total(self) -> int:
         """Rows of all files."""
-        import pyarrow.parquet as pq
-
-        return sum(pq.read_metadata(file).num_rows for file in self.files())
+        return sum(_open(file).metadata.num_rows for file in self.files())
 
     def chunks(self) -> Iterator[EventChunk]:
         """The rows, flattened to events."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if self.layout not in ("events", "sequences"):
             raise ValueError(f"layout must be 'events' or 'sequences', got '{self.layout}'.")
         if len(self.labels) > 20:
@@ -81,10 +76,7 @@ class ParquetTable:
         done = 0
         kinds: dict[str, Any] = {}
         for path in self.files():
-            try:
-                file = pq.ParquetFile(path)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"{path} is not a Parquet file: {error}.") from None
+            file = _open(path)
             missing = [name for name in wanted if name not in file.schema_arrow.names]
             if missing:
                 raise DataError(f"{path} has no column {', '.join(missing)}; it has {file.schema_arrow.names}.")
@@ -177,3 +169,13 @@ class ParquetTable:
             has_value=self.value is not None,
             has_timestamps=self.timestamp is not None,
         )
+
+
+def _open(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file: {error}.") from None
