@@ -174,7 +174,10 @@ def _log_choice(name: str, passed_over: str) -> None:
 
 def _import(target: str) -> AttentionBackend:
     module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)()
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except AttributeError as error:
+        raise ImportError(f"{module} is not complete: {error}") from error
 
 
 def _load(point: EntryPoint) -> AttentionBackend:
