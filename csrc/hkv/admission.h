@@ -1,6 +1,6 @@
-// Frequency admission: a key gets a row after n sightings. The counters are bounded: sets of `ways`, as many sets as the
-// fully grown table has buckets; a full set forgets the least (count, step, mixed key). They are the memory of keys that have no
-// row: no other trace of such a key is kept.
+// Frequency admission: a key gets a row after n sightings. The counters are bounded: sets of `ways`, as many sets as
+// the fully grown table has buckets; a full set forgets the least (count, step, mixed key). They are the memory of keys
+// that have no row: no other trace of such a key is kept.
 #pragma once
 
 #include <algorithm>

@@ -11,8 +11,8 @@ namespace hkv {
 
 enum class ScoreMode : int32_t { kLru = 0, kLfu = 1, kEpochLfu = 2, kCustom = 3, kNoEviction = 4 };
 
-// Byte offsets of a bucket's planes. Scores exist where the policy needs more than the step, positions where rows lie in
-// more than one tier (slot s then owns row positions[s] of the bucket, a permutation of 0..127).
+// Byte offsets of a bucket's planes. Scores exist where the policy needs more than the step, positions where rows lie
+// in more than one tier (slot s then owns row positions[s] of the bucket, a permutation of 0..127).
 constexpr size_t kDigestOffset = 0;
 constexpr size_t kKeyOffset = 128;
 constexpr size_t kStepOffset = kKeyOffset + 8 * kBucketSlots;
@@ -78,8 +78,8 @@ struct Candidate {
   int64_t slot;  // bucket * 128 + slot; -1 for none
   int64_t key;
 
-  // The total order (score, step, mixed key): the least goes first. Ties are broken by the key, not by the slot, so that
-  // a table that was saved and loaded, or grew, goes on as if it had not.
+  // The total order (score, step, mixed key): the least goes first. Ties are broken by the key, not by the slot, so
+  // that a table that was saved and loaded, or grew, goes on as if it had not.
   GENREC_HOST_DEVICE bool before(const Candidate& other) const {
     if (other.slot < 0) return slot >= 0;
     if (slot < 0) return false;

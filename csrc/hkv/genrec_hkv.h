@@ -1,5 +1,5 @@
-// C interface of the hierarchical key-value table's CPU engine: pointers and sizes only. Functions that can fail return 0,
-// or -1 with a message from genrec_hkv_error(). A table serves one call at a time; further callers wait.
+// C interface of the hierarchical key-value table's CPU engine: pointers and sizes only. Functions that can fail return
+// 0, or -1 with a message from genrec_hkv_error(). A table serves one call at a time; further callers wait.
 #pragma once
 
 #include <stdint.h>

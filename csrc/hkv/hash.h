@@ -1,4 +1,5 @@
-// The one place where a key becomes a rank, a bucket and a digest. Host and device, training, load and export all use it.
+// The one place where a key becomes a rank, a bucket and a digest. Host and device, training, load and export all use
+// it.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +50,8 @@ GENREC_HOST_DEVICE inline uint64_t mulhi64(uint64_t a, uint64_t b) {
 // Rank that owns a key; `mixed` is mix64(key). Equal to what FBGEMM's bucketize does with mixed keys.
 GENREC_HOST_DEVICE inline uint64_t owner_rank(uint64_t mixed, uint64_t world_size) { return mixed % world_size; }
 
-// The top bits choose the bucket: any number of buckets will do, buckets lie in the order of the mixed keys, and doubling
-// splits bucket b into 2b and 2b + 1.
+// The top bits choose the bucket: any number of buckets will do, buckets lie in the order of the mixed keys, and
+// doubling splits bucket b into 2b and 2b + 1.
 GENREC_HOST_DEVICE inline uint64_t first_bucket(uint64_t mixed, uint64_t num_buckets) {
   return mulhi64(mixed, num_buckets);
 }

@@ -1,6 +1,6 @@
-// How a row starts: a function of (seed, table, key, element) alone, so that it depends neither on the world size nor on
-// the order of arrival, and host and device agree. Only +, -, *, / and sqrt in double: no library function that differs
-// between machines.
+// How a row starts: a function of (seed, table, key, element) alone, so that it depends neither on the world size nor
+// on the order of arrival, and host and device agree. Only +, -, *, / and sqrt in double: no library function that
+// differs between machines.
 #pragma once
 
 #include <cmath>

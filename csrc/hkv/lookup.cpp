@@ -1,5 +1,5 @@
-// A batch of keys: find, insert, evict, promote. The batch is split by runs of buckets; a run is handled by one thread in
-// the order of the batch, so results are the same for any number of threads and any split.
+// A batch of keys: find, insert, evict, promote. The batch is split by runs of buckets; a run is handled by one thread
+// in the order of the batch, so results are the same for any number of threads and any split.
 #include <algorithm>
 #include <stdexcept>
 
@@ -84,8 +84,8 @@ void Table::partition(const genrec_hkv_batch& batch, int threads) {
   });
 }
 
-// The slot's place in the list of unique keys, -1 where it has none yet. The mark may be left from an older batch; it holds
-// only if the list agrees.
+// The slot's place in the list of unique keys, -1 where it has none yet. The mark may be left from an older batch; it
+// holds only if the list agrees.
 int32_t Table::unique_of(Partition& part, int64_t slot) const {
   const uint32_t mark = view_.marks(slot / kBucketSlots)[slot % kBucketSlots];
   const bool holds = mark < part.unique && scratch_.unique_slots[part.begin + mark] == slot;

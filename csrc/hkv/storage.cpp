@@ -19,7 +19,9 @@ Arena::Arena(size_t bytes, const std::string& directory) : bytes_(bytes) {
   if (!directory.empty()) {
     std::string path = directory + "/genrec_rows_XXXXXX";
     file_ = mkstemp(&path[0]);
-    if (file_ < 0) throw std::runtime_error("can't create a file for table rows in " + directory + ": " + strerror(errno));
+    if (file_ < 0) {
+      throw std::runtime_error("can't create a file for table rows in " + directory + ": " + strerror(errno));
+    }
     unlink(path.c_str());
     if (ftruncate(file_, static_cast<off_t>(bytes)) != 0) {
       throw std::runtime_error("can't size the row file in " + directory + ": " + strerror(errno));

@@ -40,7 +40,8 @@ struct StoreView {
     const int position = static_cast<int>(row % kBucketSlots);
     const int tier = tier_of(position);
     const int64_t width = first[tier + 1] - first[tier];
-    return plane.base[tier] + static_cast<size_t>(row / kBucketSlots * width + position - first[tier]) * plane.row_bytes;
+    const int64_t place = row / kBucketSlots * width + position - first[tier];
+    return plane.base[tier] + static_cast<size_t>(place) * plane.row_bytes;
   }
 };
 

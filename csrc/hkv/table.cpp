@@ -125,7 +125,8 @@ void Table::evict(int64_t slot, Partition& part) {
   release(slot);
 }
 
-// Slots of an old block go to the two blocks that take its place, the last victims first, so that they get the fast rows.
+// Slots of an old block go to the two blocks that take its place, the last victims first, so that they get the fast
+// rows.
 void Table::move_block(uint64_t block, const IndexView& old_view, const RowStore& old_store, Partition& lost) {
   const uint64_t unit = view_.choices == 2 ? kBlockBuckets : 1;
   std::vector<Candidate> order;
@@ -294,7 +295,9 @@ void Table::clear() {
 }
 
 void Table::pop_evicted(int64_t n, int64_t* keys, uint64_t* scores, float* weights, float* state) {
-  if (n != static_cast<int64_t>(evicted_.keys.size())) throw std::invalid_argument("pop_evicted takes all rows at once");
+  if (n != static_cast<int64_t>(evicted_.keys.size())) {
+    throw std::invalid_argument("pop_evicted takes all rows at once");
+  }
   std::copy(evicted_.keys.begin(), evicted_.keys.end(), keys);
   std::copy(evicted_.scores.begin(), evicted_.scores.end(), scores);
   std::copy(evicted_.weights.begin(), evicted_.weights.end(), weights);
