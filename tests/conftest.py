@@ -14,3 +14,11 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data: {root} does not exist; set GENREC_TEST_DATA to the folder of ml-100k/ and others")
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests prepare data into a folder of their own, never into the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENREC_CACHE", str(tmp_path_factory.mktemp("genrec-cache")))
+        yield
