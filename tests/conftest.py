@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads the variable when a kernel is defined, so it is
+# set before any test imports one. No backend named "auto" ever chooses the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,11 @@
-# ruff: noqa: E402  (the check comes before the first import of torchrec)
-"""HSTU layers, sequence preprocessing, positions and heads: plain PyTorch modules."""
+"""HSTU layers, sequence preprocessing, positions and heads: plain PyTorch modules.
 
-from genrec.environment import require_torchrec
-
-require_torchrec()
+The layers need nothing but torch. The preprocessing reads TorchRec's batches, and is imported when asked for.
+"""
 
 from genrec.layers.config import HSTUConfig
 from genrec.layers.heads import MLP, L2Norm, MultiTaskHead, SwishLayerNorm, output_norm
 from genrec.layers.hstu import HSTULayer, HSTUStack
-from genrec.layers.preprocess import PreprocessorConfig, SequencePreprocessor
 from genrec.layers.tokens import TokenSequence
 from genrec.layers.transformer import SASRecConfig, SASRecStack
 
@@ -27,3 +24,11 @@ __all__ = [
     "TokenSequence",
     "output_norm",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("PreprocessorConfig", "SequencePreprocessor"):
+        from genrec.layers import preprocess
+
+        return getattr(preprocess, name)
+    raise AttributeError(f"module 'genrec.layers' has no attribute '{name}'")

@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (the check comes before the first import of torchrec)
 """From a batch of events to the tokens that the encoder reads.
 
 What a row of the batch may know, and when:
@@ -11,6 +12,10 @@ What a row of the batch may know, and when:
 """
 
 from __future__ import annotations
+
+from genrec.environment import require_torchrec
+
+require_torchrec()
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

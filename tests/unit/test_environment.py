@@ -127,7 +127,7 @@ from importlib import metadata
 import sys
 real = metadata.version
 metadata.version = lambda name: "1.9.0" if name == "fbgemm-gpu" else real(name)
-for module in ("genrec.data", "genrec.layers", "genrec.models"):
+for module in ("genrec.data", "genrec.layers.preprocess", "genrec.models"):
     try:
         __import__(module)
     except ImportError as error:
