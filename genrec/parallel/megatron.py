@@ -33,7 +33,7 @@ class _Groups:
 _groups: _Groups | None = None
 
 
-# Errors that come before any process waits for another -----------------------------------------------------------------
+# Errors that come before any process waits for another ----------------------------------------------------------------
 
 
 def check_sizes(world_size: int, tensor_parallel_size: int, num_heads: Iterable[int] = ()) -> None:
