@@ -119,8 +119,9 @@ def initialize(tensor_parallel_size: int = 1, *, dense: str = "torch") -> None:
         raise ValueError(f"dense must be 'torch' or 'megatron', got '{dense}'.")
     check_sizes(dist.get_world_size(), tensor_parallel_size)
     if tensor_parallel_size == 1 and dense == "torch":
-        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        _groups = _Groups(alone, dist.group.WORLD, megatron=False)
+        alone, world = dist.new_group([dist.get_rank()], use_local_synchronization=True), dist.group.WORLD
+        assert world is not None
+        _groups = _Groups(alone, world, megatron=False)
         return
     require_megatron(f"tensor_parallel_size {tensor_parallel_size}" if tensor_parallel_size > 1 else "dense='megatron'")
     with _quiet():
