@@ -235,10 +235,11 @@ def test_amazon_beauty(data_root, real):
     ("make", "tie_break", "expected"),
     [
         (lambda root: MovieLens(root / "ml-100k"), "input", "0dc765516a3b6012"),
-        (lambda root: MovieLens(root / "ml-100k"), "item", ""),
-        (lambda root: AmazonSequences(root / "amazon-beauty"), "input", ""),
+        (lambda root: MovieLens(root / "ml-100k"), "item", "55c9d5aa59504802"),
+        (lambda root: AmazonSequences(root / "amazon-beauty"), "input", "1dd1ffe2e245ab9d"),
     ],
 )
 def test_hashes_of_the_real_test_targets(data_root, real, make, tie_break, expected):
+    # Expected: users ascending, each one's last item by a plain sort of the file's lines, packed and hashed.
     module = SequenceDataModule(make(data_root), "retrieval", cache_dir=real, tie_break=tie_break, progress=False)
     assert module.test_targets_hash == expected

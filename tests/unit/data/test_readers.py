@@ -164,15 +164,16 @@ class TestAmazon:
 
     def test_k_core_by_force(self):
         rng = np.random.default_rng(0)
-        user, item = rng.integers(30, size=140), rng.integers(30, size=140)
-        left = list(zip(user.tolist(), item.tolist(), range(140), strict=True))
+        # Dense enough for a core to be left, thin enough that dropping takes several rounds.
+        user, item = rng.integers(30, size=160), rng.integers(30, size=160)
+        left = list(zip(user.tolist(), item.tolist(), range(160), strict=True))
         while True:
             users, items = [u for u, _, _ in left], [i for _, i, _ in left]
             fewer = [e for e in left if users.count(e[0]) >= 4 and items.count(e[1]) >= 4]
             if len(fewer) == len(left):
                 break
             left = fewer
-        assert 0 < len(left) < 140
+        assert 0 < len(left) < 160
         assert np.flatnonzero(k_core(user, item, 4)).tolist() == [number for _, _, number in left]
 
     def test_options_are_part_of_the_key(self, tmp_path, cache):
