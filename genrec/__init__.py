@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from genrec._registration import register_strategy
 from genrec._version import __version__
 
 # Public name -> module that defines it.
@@ -17,6 +18,7 @@ _PUBLIC: dict[str, str] = {
     "EmbeddingTableConfig": "genrec.embedding",
     "HSTURanking": "genrec.models",
     "HSTURetrieval": "genrec.models",
+    "HybridParallelStrategy": "genrec.parallel",
     "PredictionWriter": "genrec.models",
     "RelativeBias": "genrec.attention",
     "SequenceBatch": "genrec.data",
@@ -25,6 +27,9 @@ _PUBLIC: dict[str, str] = {
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
+
+# `Trainer(strategy="hybrid_parallel")` works from here on.
+register_strategy()
 
 
 def __getattr__(name: str) -> Any:

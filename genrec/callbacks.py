@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 
 
 class StepSeed(L.Callback):
-    """Seeds torch anew for each training batch, from the run's seed, the batch's number and the rank.
+    """Seeds torch anew for each training batch, from the run's seed, the batch's number and the data-parallel rank.
 
     Dropout and negatives then depend neither on what validation drew nor on whether the run was resumed: a resumed run
     repeats an uninterrupted one exactly where its kernels are deterministic.
@@ -36,8 +36,10 @@ class StepSeed(L.Callback):
 
     def reseed(self, trainer: L.Trainer) -> None:
         """Seed torch for the batch that comes next."""
+        # Ranks that share a batch, those of a tensor-parallel group, draw alike.
+        rank = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
         mixed = (self.seed * _MIX + self.batches) & _MASK
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 + trainer.global_rank * _MIX) & _MASK
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 + rank * _MIX) & _MASK
         torch.manual_seed((mixed ^ (mixed >> 27)) >> 1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

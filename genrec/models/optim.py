@@ -110,12 +110,17 @@ class CombinedOptimizer(Optimizer):
                 loss = closure()
         for optimizer in self.optimizers.values():
             optimizer.step()
+        self.set_fused_rates()
+        return loss
+
+    def set_fused_rates(self) -> None:
+        """Give fused optimizers their rates. `step` does it; before a backward pass, a schedule's change is in time."""
         rates = {group["name"]: group["lr"] for group in self.param_groups}
         for index, optimizer in enumerate(self.fused):
             for part, group in enumerate(optimizer.param_groups):
                 group["lr"] = rates[_fused_name(index, part)]
+            # A fused optimizer's step hands its rates on and does nothing else.
             optimizer.step()
-        return loss
 
 
 def _fused_name(index: int, part: int) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor
 class PredictionWriter(BasePredictionWriter):
     """Writes the predictions of a run to `<directory>/predictions-<rank>.parquet`, batch by batch.
 
+    The rank is the data-parallel one; of ranks that share their batches the first writes.
+
     Each tensor that `predict_step` returns is a column: (n,) a plain one, (n, k) one of lists. The file appears when
     the run is complete; until then it has the suffix `.part`. Use it with
     `trainer.predict(..., return_predictions=False)`, so that nothing piles up in memory.
@@ -30,11 +32,14 @@ class PredictionWriter(BasePredictionWriter):
         self.directory = Path(directory)
         self._writer: pq.ParquetWriter | None = None
         self._path = self.directory
+        self._writes = True
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Name this rank's file."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._path = self.directory / f"predictions-{trainer.global_rank}.parquet"
+        rank = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
+        self._path = self.directory / f"predictions-{rank}.parquet"
+        self._writes = getattr(trainer.strategy, "tensor_parallel_rank", 0) == 0
 
     def write_on_batch_end(
         self,
@@ -47,6 +52,8 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch."""
+        if not self._writes:
+            return
         table = pa.table({name: _column(values) for name, values in prediction.items()})
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._partial, table.schema)
@@ -55,7 +62,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finish the file."""
         self._close()
-        if self._partial.exists():
+        if self._writes and self._partial.exists():
             self._partial.replace(self._path)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
