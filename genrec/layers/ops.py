@@ -2,6 +2,18 @@
 
 An implementation is an object with the two methods of `LayerOps`. It gets the layer's modules rather than their
 weights, so that a tensor-parallel linear can stand where a plain one stood.
+
+`genrec.parallel.parallelize` puts such modules there, and an implementation must serve them:
+
+* It may read the parameters of a module whose type is exactly `nn.Linear`, `nn.LayerNorm` or
+  `genrec.layers.hstu.HeadNorm`, and do its work itself. Any other module it calls: communication is inside.
+* Both linears are others (Megatron's, returning one tensor). A norm over all heads is too; `HeadNorm` and, without
+  sequence parallelism, the input's LayerNorm stay what they are. So the SiLU, the gate, the dropout, and those norms
+  can be fused under tensor parallelism as without; what must not be is a norm or the residual into a linear's kernel.
+* H is then the number of this rank's heads, in u, v, q, k and a. With sequence parallelism x and what `gated_output`
+  returns have this rank's tokens alone; u, v, q, k and a have all of them. So T differs between x and u.
+* Random numbers of dropout come from torch's default generator of the device or of the CPU, in the forward pass: the
+  layer has them differ by rank, since every rank drops of other heads.
 """
 
 from __future__ import annotations
