@@ -47,7 +47,7 @@ void chunked(int64_t n, int threads, Body&& body) {
 }  // namespace
 
 const char* genrec_hkv_error(void) { return last_error.c_str(); }
-int32_t genrec_hkv_abi_version(void) { return 1; }
+int32_t genrec_hkv_abi_version(void) { return 2; }
 const char* genrec_hkv_isa(void) { return kernels().name; }
 
 void genrec_hkv_mix(const int64_t* keys, int64_t n, int32_t inverse, int64_t* out) {
@@ -55,6 +55,13 @@ void genrec_hkv_mix(const int64_t* keys, int64_t n, int32_t inverse, int64_t* ou
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int64_t>(unmix64(static_cast<uint64_t>(keys[i])));
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int64_t>(mix64(static_cast<uint64_t>(keys[i])));
+  }
+}
+
+void genrec_hkv_owners(const int64_t* keys, int64_t n, int64_t world_size, int64_t* out) {
+  const uint64_t ranks = static_cast<uint64_t>(world_size);
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<int64_t>(owner_rank(mix64(static_cast<uint64_t>(keys[i])), ranks));
   }
 }
 
@@ -66,6 +73,10 @@ void genrec_hkv_destroy(genrec_hkv_table table) { delete static_cast<Table*>(tab
 
 void genrec_hkv_get_info(genrec_hkv_table table, genrec_hkv_info* info) {
   locked(table, [&](Table& t) { *info = t.info(); });
+}
+
+int32_t genrec_hkv_set_init_seed(genrec_hkv_table table, uint64_t seed) {
+  return locked(table, [&](Table& t) { t.set_init_seed(seed); });
 }
 
 int32_t genrec_hkv_find(genrec_hkv_table table, const int64_t* keys, int64_t n, int32_t threads, int64_t* rows) {

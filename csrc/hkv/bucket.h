@@ -1,4 +1,4 @@
-// A bucket's memory, its scores, and the choice of the victim. Shared by host and device.
+// A bucket's memory, its scores, and the choice of slot, victim and tier. Shared by host and device.
 #pragma once
 
 #include <cstddef>
@@ -123,6 +123,49 @@ GENREC_HOST_DEVICE inline int occupied_slots(const IndexView& view, uint64_t b) 
   int used = 0;
   for (int s = 0; s < kBucketSlots; ++s) used += digests[s] != 0;
   return used;
+}
+
+// Where a key that the table lacks shall go.
+struct Placement {
+  int64_t slot;  // bucket * 128 + slot; -1: nowhere
+  bool evicts;   // the key that is there must leave first
+};
+
+// A free slot of the key's bucket, of the emptier one where it has two (the first of equals); in full buckets the least
+// of both, if the table may evict.
+GENREC_HOST_DEVICE inline Placement placement(const IndexView& view, uint64_t mixed, uint32_t pin_floor,
+                                              bool may_evict) {
+  uint64_t bucket = first_bucket(mixed, view.num_buckets), other = bucket;
+  if (view.choices == 2) {
+    const uint64_t second = second_bucket(mixed, bucket, view.num_buckets);
+    const bool emptier = occupied_slots(view, second) < occupied_slots(view, bucket);
+    other = emptier ? bucket : second;
+    bucket = emptier ? second : bucket;
+  }
+  const int empty = empty_slot(view, bucket);
+  if (empty >= 0) return {static_cast<int64_t>(bucket) * kBucketSlots + empty, false};
+  if (!may_evict) return {-1, false};
+  Candidate victim = least_slot(view, bucket, pin_floor, 0, kBucketSlots);
+  if (other != bucket) {
+    const Candidate rival = least_slot(view, other, pin_floor, 0, kBucketSlots);
+    if (rival.before(victim)) victim = rival;
+  }
+  return {victim.slot, victim.slot >= 0};
+}
+
+// Slot s was touched: the slot of its bucket with a row in the faster tier of positions [first, last) whose row it takes
+// in exchange. An empty slot, else the tier's least if that would be evicted before s; -1 where s stays.
+GENREC_HOST_DEVICE inline int promotion_slot(const IndexView& view, uint64_t b, int s, uint32_t pin_floor, int first,
+                                             int last) {
+  const uint8_t* digests = view.digests(b);
+  const uint8_t* positions = view.positions(b);
+  for (int empty = 0; empty < kBucketSlots; ++empty) {
+    if (digests[empty] == 0 && positions[empty] >= first && positions[empty] < last) return empty;
+  }
+  const int64_t slot = static_cast<int64_t>(b) * kBucketSlots + s;
+  const Candidate here{view.score(b, s), view.steps(b)[s], slot, view.keys(b)[s]};
+  const Candidate least = least_slot(view, b, pin_floor, first, last);
+  return least.slot >= 0 && least.before(here) ? static_cast<int>(least.slot % kBucketSlots) : -1;
 }
 
 }  // namespace hkv

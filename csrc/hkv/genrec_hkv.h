@@ -59,7 +59,7 @@ typedef struct {
 } genrec_hkv_batch;
 
 typedef struct {
-  int64_t* rows;                 // by unique key, -1 without a row; room for n
+  int64_t* rows;                 // by unique key, -1 without a row, -2 where one was refused; room for n
   int64_t* keys;                 // by unique key; room for n
   int32_t* offsets;              // room for n + 1
   int32_t* positions;            // room for n
@@ -74,18 +74,23 @@ GENREC_API const char* genrec_hkv_error(void);
 GENREC_API int32_t genrec_hkv_abi_version(void);
 GENREC_API const char* genrec_hkv_isa(void);
 GENREC_API void genrec_hkv_mix(const int64_t* keys, int64_t n, int32_t inverse, int64_t* out);
+// The rank of `world_size` that owns each key.
+GENREC_API void genrec_hkv_owners(const int64_t* keys, int64_t n, int64_t world_size, int64_t* out);
 
 GENREC_API int32_t genrec_hkv_create(const genrec_hkv_options* options, const char* file_directory,
                                      genrec_hkv_table* table);
 GENREC_API void genrec_hkv_destroy(genrec_hkv_table table);
 GENREC_API void genrec_hkv_get_info(genrec_hkv_table table, genrec_hkv_info* info);
+// Of (seed, table): how rows start from now on.
+GENREC_API int32_t genrec_hkv_set_init_seed(genrec_hkv_table table, uint64_t seed);
 
 // Reads only. rows[i] is -1 where keys[i] is absent.
 GENREC_API int32_t genrec_hkv_find(genrec_hkv_table table, const int64_t* keys, int64_t n, int32_t threads,
                                    int64_t* rows);
 GENREC_API int32_t genrec_hkv_lookup(genrec_hkv_table table, const genrec_hkv_batch* batch, int32_t threads,
                                      genrec_hkv_lookup_result* result);
-// out: (n, dim) fp32. `missing`: constant for keys without a row (-1); null for their initial rows.
+// out: (n, dim) fp32. `missing`: constant for keys without a row (-1); null for their initial rows. A refused
+// key (-2) always gets its initial row.
 GENREC_API int32_t genrec_hkv_gather(genrec_hkv_table table, const int64_t* rows_at, const int64_t* keys, int64_t n,
                                      const float* missing, int32_t threads, float* out);
 // out: (bags, dim) fp32.

@@ -32,7 +32,7 @@ struct Kernels {
   void (*find)(const IndexView& view, const int64_t* keys, int64_t n, int64_t* slots);
 
   // out[i * dim ...] = row rows_at[i], for i in [begin, end). A key without a row (-1) takes its initial row where
-  // `missing` is null, else that constant. In the order of the batch: the result is larger than the rows that it
+  // `missing` is null, else that constant; a refused one (-2) always its initial row. In the order of the batch: the result is larger than the rows that it
   // repeats, so it is the writing that must be sequential.
   void (*gather)(const StoreView& store, const Initializer& init, const float* missing,
                            const int64_t* rows_at, const int64_t* keys, int64_t begin, int64_t end, float* out);

@@ -212,7 +212,7 @@ inline void row_or_missing(const StoreView& store, const Initializer& init, cons
                            int64_t key, float* out) {
   if (row >= 0) {
     read_row(store, row, out);
-  } else if (missing != nullptr) {
+  } else if (missing != nullptr && row != kRefusedRow) {
     for (int32_t d = 0; d < store.dim; ++d) out[d] = *missing;
   } else {
     initial_row(init, key, store.dim, out);

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kMaxParts = 64;
 constexpr int64_t kSmallBatch = 2048;
-constexpr uint8_t kWasPinned = 1, kNew = 2;
+constexpr uint8_t kWasPinned = 1, kNew = 2, kRefused = 4;
 
 uint64_t unit_buckets(const IndexView& view) { return view.choices == 2 ? kBlockBuckets : 1; }
 
@@ -146,7 +146,7 @@ bool Table::insert_one(const genrec_hkv_batch& batch, Partition& part, int64_t j
     ++part.inserted;
   }
   scratch_.slots[j] = slot;
-  scratch_.local[j] = add_unique(part, slot, key, slot >= 0 ? kNew : 0);
+  scratch_.local[j] = add_unique(part, slot, key, slot >= 0 ? kNew : kRefused);
   return true;
 }
 
@@ -205,22 +205,10 @@ void Table::promote(const genrec_hkv_batch& batch, Partition& part, int64_t slot
   const int s = static_cast<int>(slot % kBucketSlots);
   const StoreView& store = store_.view();
   uint8_t* positions = view_.positions(bucket);
-  const Candidate here{view_.score(bucket, s), view_.steps(bucket)[s], slot, view_.keys(bucket)[s]};
   for (int tier = store.tier_of(positions[s]); tier > 0; --tier) {
-    int other = -1;
-    for (int empty = 0; empty < kBucketSlots && other < 0; ++empty) {
-      const int position = positions[empty];
-      if (view_.digests(bucket)[empty] == 0 && position >= store.first[tier - 1] && position < store.first[tier]) {
-        other = empty;
-      }
-    }
-    if (other < 0) {
-      const Candidate least =
-          least_slot(view_, bucket, batch.pin_floor, store.first[tier - 1], store.first[tier]);
-      if (least.slot < 0 || !least.before(here)) return;
-      other = static_cast<int>(least.slot % kBucketSlots);
-      ++part.demoted;
-    }
+    const int other = promotion_slot(view_, bucket, s, batch.pin_floor, store.first[tier - 1], store.first[tier]);
+    if (other < 0) return;
+    part.demoted += view_.digests(bucket)[other] != 0;
     store_.swap_rows(view_.row(bucket, s), view_.row(bucket, other));
     std::swap(view_.updates(bucket)[positions[s]], view_.updates(bucket)[positions[other]]);
     std::swap(positions[s], positions[other]);
@@ -266,7 +254,7 @@ void Table::finish(const genrec_hkv_batch& batch, Partition& part, genrec_hkv_lo
   }
   for (int64_t u = 0; u < part.unique; ++u) {
     const int64_t slot = scratch_.unique_slots[begin + u], key = scratch_.unique_keys[begin + u];
-    int64_t row = -1;
+    int64_t row = scratch_.flags[begin + u] & kRefused ? kRefusedRow : kAbsentRow;
     if (slot >= 0) {
       const uint64_t bucket = static_cast<uint64_t>(slot) / kBucketSlots;
       row = view_.row(bucket, static_cast<int>(slot % kBucketSlots));
@@ -298,9 +286,10 @@ void Table::lookup(const genrec_hkv_batch& batch, int threads, genrec_hkv_lookup
   ThreadPool& pool = ThreadPool::instance();
   while (true) {
     partition(batch, threads);
+    // All runs are resolved even where one is full: what they leave must not depend on which thread came first.
     std::atomic<bool> full{false};
     pool.run(static_cast<int64_t>(parts_.size()), threads, [&](int64_t i) {
-      if (!full.load(std::memory_order_relaxed) && !resolve(batch, parts_[i])) full = true;
+      if (!resolve(batch, parts_[i])) full = true;
     });
     int64_t inserted = 0;
     for (const Partition& part : parts_) inserted += part.inserted;

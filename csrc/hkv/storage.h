@@ -14,6 +14,9 @@ enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int kMaxTiers = 3;  // fast, overflow, file
 
+// In place of a row's number: the key has none; it was to get one, but its buckets were full of rows that must stay.
+constexpr int64_t kAbsentRow = -1, kRefusedRow = -2;
+
 struct Plane {
   uint8_t* base[kMaxTiers];
   size_t row_bytes;

@@ -90,22 +90,10 @@ void Table::release(int64_t slot) { view_.digests(slot / kBucketSlots)[slot % kB
 
 // A free slot for a key, made free by eviction where the table can't grow; -1 where there is none.
 int64_t Table::place(int64_t key, uint32_t pin_floor, Partition& part) {
-  const uint64_t mixed = mix64(static_cast<uint64_t>(key));
-  uint64_t bucket = first_bucket(mixed, view_.num_buckets), other = bucket;
-  if (view_.choices == 2) {
-    other = second_bucket(mixed, bucket, view_.num_buckets);
-    if (occupied_slots(view_, other) < occupied_slots(view_, bucket)) std::swap(bucket, other);
-  }
-  const int empty = empty_slot(view_, bucket);
-  if (empty >= 0) return static_cast<int64_t>(bucket) * kBucketSlots + empty;
-  if (growable() || score_mode_ == ScoreMode::kNoEviction) return -1;
-  Candidate victim = least_slot(view_, bucket, pin_floor, 0, kBucketSlots);
-  if (other != bucket) {
-    const Candidate rival = least_slot(view_, other, pin_floor, 0, kBucketSlots);
-    if (rival.before(victim)) victim = rival;
-  }
-  if (victim.slot >= 0) evict(victim.slot, part);
-  return victim.slot;
+  const bool may_evict = !growable() && score_mode_ != ScoreMode::kNoEviction;
+  const Placement place = placement(view_, mix64(static_cast<uint64_t>(key)), pin_floor, may_evict);
+  if (place.evicts) evict(place.slot, part);
+  return place.slot;
 }
 
 void Table::evict(int64_t slot, Partition& part) {

@@ -27,6 +27,7 @@ class Table {
   const Initializer& initializer() const { return init_; }
   OptimizerKind optimizer() const { return static_cast<OptimizerKind>(options_.optimizer); }
   int64_t generation() const { return generation_; }
+  void set_init_seed(uint64_t seed) { init_.seed = seed; }
 
   genrec_hkv_info info() const;
   void find(const int64_t* keys, int64_t n, int threads, int64_t* rows) const;

@@ -131,6 +131,11 @@ class EmbeddingTables(nn.Module):
         """Counters of the dynamic tables, as "<table>/<metric>"; of this rank's share where they are sharded."""
         return self.dynamic.metrics() if self.dynamic is not None else {}  # type: ignore[operator]
 
+    def reach_epoch(self, epoch: int) -> None:
+        """Let dynamic tables that score by epochs count this one, unless they are further already."""
+        for table in self.dynamic.tables.values() if self.dynamic is not None else ():  # type: ignore[union-attr,operator]
+            table.epoch = max(table.epoch, epoch)
+
     def named_table_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and weight of each table that a plain optimizer trains: static and unsharded."""
         for collection in self.static.values():

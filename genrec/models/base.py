@@ -248,10 +248,16 @@ class SequenceRecommender(L.LightningModule):
             self.log_dict({f"train/loss/{name}": value for name, value in parts.items()}, batch_size=size)
         return total
 
+    def on_train_epoch_start(self) -> None:
+        """Dynamic tables that score by epochs (`epoch_lfu`) learn of a new one."""
+        self.tables.reach_epoch(self.current_epoch)
+
     def on_train_epoch_end(self) -> None:
-        """Log what dynamic tables count (size, hit rate, evictions, bytes): means over the ranks."""
-        metrics = {f"tables/{name}": float(value) for name, value in self.tables.metrics().items()}
-        self.log_dict(metrics, sync_dist=True)
+        """Log what dynamic tables count (size, hit rate, evictions, bytes): shares as means over the ranks, the rest
+        as sums."""
+        for name, value in self.tables.metrics().items():
+            share = name.endswith(("/load_factor", "/hit_rate"))
+            self.log(f"tables/{name}", float(value), sync_dist=True, reduce_fx="mean" if share else "sum")
 
     def log_loss(self, losses: Mapping[str, LossSum], stage: str, cases: int) -> None:
         """Log `<stage>/loss`, the mean over the cases of all batches and ranks."""

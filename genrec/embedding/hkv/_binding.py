@@ -9,7 +9,7 @@ from typing import Any
 
 from genrec._native import NativeLibraryError, load_library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 INSERT, ADMIT, TOUCH, UPDATE, COUNT = 1, 2, 4, 8, 16
 
@@ -87,6 +87,7 @@ class LookupResult(ctypes.Structure):
 _P, _I, _L = c_void_p, c_int32, c_int64
 _SIGNATURES: dict[str, list[Any]] = {
     "create": [POINTER(Options), c_char_p, POINTER(c_void_p)],
+    "set_init_seed": [_P, c_uint64],
     "find": [_P, _P, _L, _I, _P],
     "lookup": [_P, POINTER(Batch), _I, POINTER(LookupResult)],
     "gather": [_P, _P, _P, _L, _P, _I, _P],
@@ -128,6 +129,7 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, f"genrec_hkv_{name}")
         function.argtypes, function.restype = arguments, c_int32
     lib.genrec_hkv_mix.argtypes, lib.genrec_hkv_mix.restype = [_P, _L, _I, _P], None
+    lib.genrec_hkv_owners.argtypes, lib.genrec_hkv_owners.restype = [_P, _L, _L, _P], None
     lib.genrec_hkv_destroy.argtypes, lib.genrec_hkv_destroy.restype = [_P], None
     lib.genrec_hkv_get_info.argtypes, lib.genrec_hkv_get_info.restype = [_P, POINTER(Info)], None
     return lib

@@ -106,7 +106,8 @@ def dump_increment(
         directory: Of this increment alone.
         since_step: Step of the tables (`HkvTable.step`) at the save onto which this will be merged; one for all or by
             table.
-        since_time: Instead of it seconds since 1970; the dump may reach one second further back.
+        since_time: Instead of it seconds since 1970; the dump may reach a second (or a thousandth of the table's age)
+            further back.
         process_group: Of the ranks.
 
     Raises:
@@ -116,7 +117,7 @@ def dump_increment(
         raise ValueError("Give since_step or since_time: the increment needs the moment of the save that it extends.")
     tables = find_tables(module)
     if since_time is not None:
-        since = {name: table.step_at(since_time) for name, table in tables.items()}
+        since = _least({name: table.step_at(since_time) for name, table in tables.items()}, process_group)
     elif isinstance(since_step, Mapping):
         since = dict(since_step)
     else:
@@ -331,6 +332,16 @@ def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _least(steps: dict[str, int], group: dist.ProcessGroup | None) -> dict[str, int]:
+    """Of each table the least step of all ranks, whose clocks may differ."""
+    _, world_size = rank_and_size(group)
+    if world_size == 1:
+        return steps
+    everyone: list[dict[str, int]] = [{} for _ in range(world_size)]
+    dist.all_gather_object(everyone, steps, group=group)
+    return {name: min(one[name] for one in everyone) for name in steps}
 
 
 def _agreed_name(group: dist.ProcessGroup | None, world_size: int) -> str:

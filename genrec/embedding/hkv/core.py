@@ -19,7 +19,7 @@ from genrec.embedding.config import EmbeddingTableConfig
 from genrec.embedding.hkv import _binding
 from genrec.embedding.hkv._binding import ADMIT, COUNT, INSERT, TOUCH, UPDATE
 from genrec.embedding.hkv.buffers import POOL
-from genrec.embedding.hkv.options import HkvOptions, engine_options, state_floats
+from genrec.embedding.hkv.options import HkvOptions, engine_options, state_floats, table_seed
 
 MAX_STEP = 2**32 - 1
 
@@ -33,7 +33,7 @@ class Lookup:
     """A batch of n keys, sorted by unique key. Buffers have room for n; `unique` says how much counts.
 
     Attributes:
-        rows: (n,) int64, row of each unique key, -1 without one.
+        rows: (n,) int64, row of each unique key, -1 without one, -2 where one was refused (`on_overflow`).
         keys: (n,) int64, the unique keys.
         offsets: (n + 1,) int32: key u is at positions[offsets[u] : offsets[u + 1]] of the batch.
         positions: (n,) int32.
@@ -90,6 +90,11 @@ class TableCore:
         weakref.finalize(self, _binding.library().genrec_hkv_destroy, self._handle)
         self.id = next(TableCore._ids)
         TableCore.by_id[self.id] = self
+
+    def set_seed(self, seed: int) -> None:
+        """Let rows start from another seed from now on. A loaded table goes on with the seed that it was saved with."""
+        self.seed = seed
+        _binding.call("set_init_seed", self._handle, table_seed(seed, self.config.name))
 
     # Sizes and counters -----------------------------------------------------------------------------------------------
 
@@ -191,9 +196,9 @@ class TableCore:
         offsets, positions = POOL.empty((n + 1,), torch.int32), POOL.empty((n,), torch.int32)
         rows_at = POOL.empty((n,), torch.int64) if want_rows else None
         found = torch.empty(n, dtype=torch.bool) if want_found else None
-        batch = _binding.Batch(
-            keys.data_ptr(), n, self.step, self.pin_floor, self.epoch, flags, pointer(scores)
-        )  # fmt: skip
+        # What is updated between two training lookups was updated after the first: an increment since then has it.
+        step = self.step + bool(flags & UPDATE and not flags & TOUCH)
+        batch = _binding.Batch(keys.data_ptr(), n, step, self.pin_floor, self.epoch, flags, pointer(scores))
         outputs = (rows, unique_keys, offsets, positions, rows_at, found)
         result = _binding.LookupResult(*map(pointer, outputs))
         _binding.call("lookup", self._handle, byref(batch), torch.get_num_threads(), byref(result))
@@ -294,14 +299,21 @@ class TableCore:
 
     def _advance(self) -> None:
         if self.step + 1 >= MAX_STEP:
-            raise RuntimeError(f"Table '{self.config.name}' has counted 2^32 - 2 batches: save and load it anew.")
+            raise RuntimeError(
+                f"Table '{self.config.name}' has counted 2^32 - 2 batches, as many as it can. Export its rows "
+                "(export_parquet) and import them into a new table."
+            )
         self.step += 1
         now = time.time()
-        if not self._clock or now - self._clock[-1][0] >= 1.0:
+        # Ever wider apart, so that years fit into some thousand entries.
+        if not self._clock or now - self._clock[-1][0] >= max(1.0, 1e-3 * (now - self._clock[0][0])):
             self._clock.append((now, self.step))
 
     def step_at(self, moment: float) -> int:
-        """A step not after `moment` (seconds since 1970), to a second: rows updated later were updated after it."""
+        """A step not after `moment` (seconds since 1970): rows updated later than the moment were updated after it.
+
+        It may be earlier by a second, or by a thousandth of the table's age where that is more.
+        """
         index = bisect.bisect_right(self._clock, (moment, MAX_STEP)) - 1
         return self._clock[index][1] - 1 if index >= 0 else 0
 
@@ -318,6 +330,8 @@ class TableCore:
                 f"Table '{self.config.name}' scores its rows by '{self.options.score}': it takes no scores. "
                 "Set score: custom."
             )
+        if scores.numel() and int(scores.min()) < 0:
+            raise ValueError(f"Table '{self.config.name}': scores must not be negative, got {int(scores.min())}.")
         if scores.shape != (n,):
             raise ValueError(f"Table '{self.config.name}': expected ({n},) scores, got {tuple(scores.shape)}.")
 

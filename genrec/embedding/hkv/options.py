@@ -25,8 +25,9 @@ class HkvOptions:
 
     Args:
         score: Which row goes first when a bucket is full: the least by last step ("lru"), by sightings ("lfu"), by
-            epoch and then sightings ("epoch_lfu", epochs given by `set_epoch`), by the caller's scores ("custom"), or
-            none ("none": the table only grows). Ties go to the older step, then to the lower slot.
+            epoch and then sightings ("epoch_lfu"; `HkvTable.epoch`, which the models raise with their own), by the
+            caller's scores ("custom"), or none ("none": the table only grows). Ties go to the older step, then to the
+            lower mixed key.
         initial_capacity: Rows at the start; the table doubles up to the config's capacity. None: the capacity, at most
             131,072.
         max_load_factor: Occupied share above which the table doubles, while it may.
@@ -78,6 +79,10 @@ class HkvOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        if self.overflow_capacity is not None and self.overflow_capacity < 0:
+            raise ValueError(f"overflow_capacity must not be negative, got {self.overflow_capacity}.")
+        if self.overflow_capacity is not None and self.fast_capacity is None:
+            raise ValueError("overflow_capacity needs fast_capacity: without it all rows are in the fast tier.")
 
     @classmethod
     def from_config(cls, config: EmbeddingTableConfig) -> HkvOptions:

@@ -20,7 +20,8 @@ def export_parquet(
 ) -> None:
     """Write a table's keys and rows to `directory/part-<rank>.parquet`: columns key (int64), row (list of fp32).
 
-    All ranks call it. Rows are those of training; files are replaced whole.
+    All ranks call it. Rows are those of training; files are replaced whole, and parts of an earlier export by more
+    ranks are removed.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -36,6 +37,11 @@ def export_parquet(
         draft = directory / f".part-{rank:05d}.draft"
         pq.write_table(pa.table({"key": meta["keys"].numpy(), "row": values}), draft)
         os.replace(draft, directory / f"part-{rank:05d}.parquet")
+    barrier(process_group, world_size)
+    if rank == 0:
+        for part in directory.glob("part-*.parquet"):
+            if int(part.stem.removeprefix("part-")) >= table.world_size:
+                part.unlink()
     barrier(process_group, world_size)
 
 

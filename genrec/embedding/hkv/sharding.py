@@ -95,10 +95,12 @@ class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardin
         assert env.process_group is not None, "row-wise sharding needs a process group"
         self._pg: dist.ProcessGroup = env.process_group
         self._configs = module.table_configs()
+        self.group = TableGroup(self._configs, module.seed, self._pg.size(), module.PREFIX)
         # All ranks must start rows alike, whatever their own random state.
-        seed = torch.tensor([module.seed])
-        dist.broadcast(seed, src=dist.get_global_rank(self._pg, 0), group=self._pg)
-        self.group = TableGroup(self._configs, int(seed), self._pg.size(), module.PREFIX)
+        seeds = torch.tensor([table.seed for table in module.tables.values()])
+        dist.broadcast(seeds, src=dist.get_global_rank(self._pg, 0), group=self._pg)
+        for table, seed in zip(self.group.tables.values(), seeds.tolist(), strict=True):
+            table.set_seed(seed)
         self._take_rows(module)
         self._features: list[list[str]] = [
             [name for config in configs for name in config.feature_names] for configs in self._exchanges()

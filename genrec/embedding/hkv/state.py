@@ -29,10 +29,10 @@ def mix_keys(keys: Tensor, inverse: bool = False) -> Tensor:
 
 def owner_rank(keys: Tensor, world_size: int) -> Tensor:
     """(n,) int64: the rank that owns each key. Training, load and export route by this alone."""
-    mixed = mix_keys(keys)
-    # Remainder of the unsigned number: 2^64 = 1 + (2^64 - 1), taken in two halves that stay positive.
-    high, low = (mixed >> 32) & 0xFFFFFFFF, mixed & 0xFFFFFFFF
-    return (high % world_size * (2**32 % world_size) + low % world_size) % world_size
+    keys = keys.to(torch.int64).contiguous()
+    out = torch.empty_like(keys)
+    _binding.library().genrec_hkv_owners(keys.data_ptr(), keys.numel(), world_size, out.data_ptr())
+    return out
 
 
 def export_meta(table: HkvTable, min_update: int = 0, min_score: int = 0) -> dict[str, Tensor]:
@@ -132,6 +132,7 @@ def check_scalars(table: HkvTable, scalars: dict[str, Any]) -> None:
 
 def restore_scalars(table: HkvTable, scalars: dict[str, Any]) -> None:
     """Steps, epoch and seed as saved, and room for as many slots."""
+    table.set_seed(scalars["seed"])
     table.step, table.epoch = scalars["step"], scalars["epoch"]
     table.optimizer_step = scalars["optimizer_step"]
     table._clock = [(moment, step) for moment, step in scalars["clock"]]

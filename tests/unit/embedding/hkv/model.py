@@ -32,7 +32,7 @@ def buckets_of(key: int, num_buckets: int, choices: int) -> list[int]:
 
 class Entry:
     def __init__(self, key: int, value: float, step: int) -> None:
-        self.key, self.value, self.step, self.score = key, value, step, 0
+        self.key, self.value, self.step, self.score, self.update = key, value, step, 0, 0
 
     def order(self, mode: str) -> tuple[int, int, int]:
         return (self.step if mode in ("lru", "none") else self.score, self.step, mix64(self.key))
@@ -104,9 +104,9 @@ class ModelTable:
                 if entry is not None and entry.key == key:
                     self.buckets[b][s] = None
 
-    def insert(self, keys: list[int], touch: bool = True) -> None:
+    def insert(self, keys: list[int]) -> None:
         """What a batch with insertion does to keys, steps and scores; new entries start with `start`."""
-        self.step += touch
+        self.step += 1
         floor = self.step if self.pinned_from is None else self.pinned_from
         while True:
             size = len(self.entries())
@@ -135,10 +135,33 @@ class ModelTable:
             self._grow()
             while self.growable() and size + len(new) > self.load * len(self.buckets) * SLOTS:
                 self._grow()
+        self._score(keys)
+
+    def train(self, keys: list[int], counters: ModelCounters) -> None:
+        """`insert` with admission, in a table that doesn't grow."""
+        self.step += 1
+        for key in keys:
+            if (entry := self.find(key)) is not None:
+                entry.step = self.step
+        new = []
+        for key in [key for key in dict.fromkeys(keys) if self.find(key) is None]:
+            count = keys.count(key)
+            if counters.count(key, count, self.step) < counters.threshold:
+                counters.unadmitted += count
+            elif self._place(Entry(key, self.start, self.step), self.step):
+                new.append(key)
+            else:
+                self.refused += count
+        for key in new:
+            counters.forget(key)
+        self._score(keys)
+
+    def _score(self, keys: list[int]) -> None:
         for key in dict.fromkeys(keys):
             entry, count = self.find(key), keys.count(key)
             if entry is None:
                 continue
+            entry.update = self.step
             if self.mode == "lfu":
                 entry.score = min(entry.score + count, M64)
             elif self.mode == "epoch_lfu":
@@ -149,11 +172,19 @@ class ModelTable:
             if (entry := self.find(key)) is not None:
                 entry.score = score
 
-    def assign(self, keys: list[int], values: list[float]) -> list[bool]:
+    def assign(self, keys: list[int], values: list[float], inserted: bool = False) -> list[bool]:
+        """Rows written between two training lookups, unless just `inserted`, count as updated after the first."""
         found = [self.find(key) is not None for key in keys]
         for key, value in zip(keys, values, strict=True):
             if (entry := self.find(key)) is not None:
-                entry.value = value
+                entry.value, entry.update = value, self.step + (not inserted)
+        return found
+
+    def accum(self, keys: list[int], deltas: list[float]) -> list[bool]:
+        found = [self.find(key) is not None for key in keys]
+        for key, delta in zip(keys, deltas, strict=True):
+            if (entry := self.find(key)) is not None:
+                entry.value, entry.update = entry.value + delta, self.step + 1
         return found
 
     def erase(self, keys: list[int]) -> int:
@@ -165,6 +196,30 @@ class ModelTable:
     def reserve(self, rows: int) -> None:
         while self.growable() and rows > self.load * len(self.buckets) * SLOTS:
             self._grow()
+
+
+class ModelCounters:
+    """Sightings of keys without rows: sets of `ways`, a full one forgets the least (count, step, mixed key)."""
+
+    def __init__(self, sets: int, ways: int, threshold: int) -> None:
+        self.sets: list[dict[int, list[int]]] = [{} for _ in range(sets)]
+        self.ways, self.threshold, self.unadmitted = ways, threshold, 0
+
+    def _set(self, key: int) -> dict[int, list[int]]:
+        return self.sets[mix64(key) * len(self.sets) >> 64]
+
+    def count(self, key: int, sightings: int, step: int) -> int:
+        here = self._set(key)
+        if key not in here and len(here) == self.ways:
+            del here[min(here, key=lambda k: (*here[k], mix64(k)))]
+        here[key] = [here.get(key, [0, 0])[0] + sightings, step]
+        return here[key][0]
+
+    def forget(self, key: int) -> None:
+        self._set(key).pop(key, None)
+
+    def contents(self) -> dict[int, list[int]]:
+        return {key: count for here in self.sets for key, count in here.items()}
 
 
 def bucket_growth(rows: int, initial: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -141,6 +142,50 @@ def test_increment_holds_only_updated_rows_and_knows_times(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["since"] == {"items": 2, "users": 2}
 
 
+def test_rows_written_between_two_batches_are_in_the_increment(tmp_path):
+    module = make()
+    train(module, 3, seed=0)
+    table = module.tables["items"]
+    keys = table.export()["keys"]
+    save_tables(module, tmp_path / "base")
+    table.assign(keys[:3], torch.full((3, 4), 7.0))
+    table.accum(keys[3:5], torch.ones(2, 4))
+    dump_increment(module, tmp_path / "more", since_step={name: one.step for name, one in module.tables.items()})
+    copy = make()
+    load_tables(copy, tmp_path / "base")
+    load_increment(copy, tmp_path / "more")
+    assert_equal(module, copy)
+    assert torch.equal(copy.tables["items"].embed(keys[:3]), torch.full((3, 4), 7.0))
+
+
+def test_a_loaded_table_goes_on_with_the_seed_that_it_was_saved_with(tmp_path):
+    module = make()
+    train(module, 2, seed=0)
+    save_tables(module, tmp_path)
+    strangers = torch.arange(10**6, 10**6 + 20)
+    expected = module.tables["items"].embed(strangers)
+    for how in ("files", "state_dict"):
+        other = DynamicEmbeddingCollection(module.table_configs(), seed=99)
+        assert not torch.equal(other.tables["items"].embed(strangers), expected)
+        if how == "files":
+            load_tables(other, tmp_path)
+        else:
+            other.load_state_dict(module.state_dict())
+        assert torch.equal(other.tables["items"].embed(strangers), expected)
+        assert torch.equal(deepcopy(other).tables["items"].embed(strangers), expected)
+
+
+def test_the_clock_stays_small(monkeypatch):
+    table = make().tables["items"]
+    moments = iter(range(0, 400_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(moments)))
+    for _ in range(400_000):
+        table._advance()
+    assert len(table._clock) < 9000
+    for moment in (0, 500, 5000, 123_456, 399_999):
+        assert 0 <= moment - table.step_at(moment) <= 1 + max(1, moment // 1000)
+
+
 def test_misuse_is_explained(tmp_path):
     module = make()
     train(module, 2, seed=0)
@@ -230,6 +275,8 @@ def test_parquet_round_trip(tmp_path):
 
     module = make()
     train(module, 3, seed=0)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "part-00003.parquet").write_text("of an earlier export by four ranks")
     export_parquet(module, "items", tmp_path / "rows")
     written = pq.read_table(tmp_path / "rows")
     assert written.column_names == ["key", "row"]

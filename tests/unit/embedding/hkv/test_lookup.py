@@ -11,7 +11,7 @@ import torch
 
 from genrec.embedding.config import InitializerConfig
 from genrec.embedding.hkv import DynamicEmbeddingCollection, HkvOverflowError, HkvTable
-from genrec.embedding.hkv.ops import hkv_find, hkv_lookup, hkv_pooled_find
+from genrec.embedding.hkv.ops import hkv_find, hkv_lookup, hkv_pooled_find, hkv_pooled_lookup
 from genrec.embedding.hkv.state import export_counters, table_state
 from tests.helpers import kjt
 from tests.unit.embedding.hkv.tables import config
@@ -84,6 +84,21 @@ def test_overflow_looks_initial_rows_up_and_drops_gradients(policy):
     assert table.size == 128
     assert table.info().refused == 3
     assert torch.equal(table.embed(fresh), expected)
+
+
+def test_a_refused_key_gets_its_initial_row_whatever_unknown_ones_get():
+    """Never a silent zero: `unknown` is for keys that are not to have a row (yet)."""
+    table = HkvTable(config(capacity=128, score="none", on_overflow="init", unknown=0.0), seed=0)
+    table.find_or_insert(torch.arange(128))
+    fresh = torch.tensor([1000, 1001])
+    initial = HkvTable(config(), seed=0).embed(fresh)
+    assert torch.equal(train(table, fresh), initial)
+    assert torch.equal(table.find_or_insert(fresh)[0], initial)
+    pooled = hkv_pooled_lookup(
+        fresh, torch.tensor([0, 2]), torch.tensor([0, 0], dtype=torch.int32), None, torch.empty(0), table.id, 4
+    )[0]
+    torch.testing.assert_close(pooled, initial.sum(0, keepdim=True))
+    assert torch.equal(table.embed(fresh), torch.zeros(2, 4))
 
 
 def test_growth_between_forward_and_backward_updates_the_right_rows():
@@ -215,6 +230,44 @@ def test_the_fast_tier_holds_the_last_victims():
     assert list(table.info().tier_rows) == [32, 96, 0]
 
 
+_BEYOND_MEMORY = """
+import resource, sys, torch
+from genrec.embedding.hkv import HkvTable
+from tests.unit.embedding.hkv.tables import config
+HkvTable(config(capacity=128)).find_or_insert(torch.arange(5))
+# What private memory the process may take from here on: less than the rows need.
+with open("/proc/self/status") as status:
+    used = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 2**28, resource.RLIM_INFINITY))
+sizes = {"capacity": 2**20, "dim": 256, "initial_capacity": 2**20}
+try:
+    HkvTable(config(**sizes))
+except RuntimeError as error:
+    print(error)
+table = HkvTable(config(**sizes, fast_capacity=2**14, overflow_capacity=2**14, file_directory=sys.argv[1]))
+for start in range(0, 40_000, 10_000):
+    keys = torch.arange(start, start + 10_000)
+    table.insert_or_assign(keys, keys[:, None].float().expand(-1, 256))
+keys = torch.arange(40_000)
+assert torch.equal(table.embed(keys)[:, 7], keys.float())
+info = table.info()
+assert info.tier_rows[2] > 0, list(info.tier_rows)
+print(sum(info.tier_bytes))
+"""
+
+
+def test_the_file_tier_holds_what_memory_can_not(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    output = subprocess.run(
+        [sys.executable, "-c", _BEYOND_MEMORY, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+    refused, size = output.stdout.splitlines()
+    assert "can't map 1073741824 bytes for table rows" in refused
+    assert int(size) == 2**30
+    assert list(tmp_path.iterdir()) == [], "the file goes with the table"
+
+
 def test_tiers_that_do_not_add_up_are_explained():
     with pytest.raises(ValueError, match=r"hold 200 of 1,024 rows. Raise overflow_capacity, or name a file_directory"):
         HkvTable(config(capacity=1024, fast_capacity=100, overflow_capacity=100))
@@ -230,6 +283,8 @@ def test_unknown_options_are_named():
         HkvTable(config(scores="lru"))
     with pytest.raises(ValueError, match="Table 'items': score must be one of lru"):
         HkvTable(config(score="fifo"))
+    with pytest.raises(ValueError, match="Table 'items': overflow_capacity needs fast_capacity"):
+        HkvTable(config(overflow_capacity=128))
 
 
 # Determinism ----------------------------------------------------------------------------------------------------------
@@ -237,8 +292,9 @@ def test_unknown_options_are_named():
 _RUN = """
 import hashlib, sys, torch
 from tests.unit.embedding.hkv.test_lookup import digest_of_a_run
-torch.set_num_threads(int(sys.argv[1]))
-print(digest_of_a_run())
+for threads in sys.argv[1].split(","):
+    torch.set_num_threads(int(threads))
+    print(digest_of_a_run())
 """
 
 
@@ -252,6 +308,7 @@ def digest_of_a_run() -> str:
         {"score": "lru"},
         {"score": "lfu", "num_choices": 2, "admission_threshold": 2},
         {"score": "epoch_lfu", "fast_capacity": 512, "on_overflow": "init"},
+        {"score": "lru", "fast_capacity": 512, "admission_threshold": 2, "admission_capacity": 500},
     ]
     for options in shapes:
         table = HkvTable(
@@ -274,14 +331,15 @@ def digest_of_a_run() -> str:
 
 
 def test_bit_equal_for_any_threads_instruction_set_and_repetition():
-    runs = [("1", ""), ("2", ""), ("2", ""), ("5", "avx2"), ("2", "generic")]
+    runs = [("1,2,2", ""), ("5", "avx2"), ("2", "generic")]
     results = []
     for threads, isa in runs:
         environment = {**os.environ, "GENREC_HKV_ISA": isa, "PYTHONPATH": os.getcwd()}
         output = subprocess.run(
             [sys.executable, "-c", _RUN, threads], env=environment, capture_output=True, text=True, check=True
         )
-        results.append(output.stdout.strip())
+        results += output.stdout.split()
+    assert len(results) == 5
     assert len(set(results)) == 1, results
 
 

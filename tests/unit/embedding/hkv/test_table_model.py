@@ -1,5 +1,8 @@
 """Random sequences of all operations against the plain Python model."""
 
+import tempfile
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,22 +11,22 @@ from hypothesis import strategies as st
 
 from genrec.embedding.config import EmbeddingTableConfig, InitializerConfig, TableOptimizerConfig
 from genrec.embedding.hkv import HkvTable
-from genrec.embedding.hkv.state import export_meta, get_meta, owner_rank
-from tests.unit.embedding.hkv.model import ModelTable, bucket_growth, mix64
+from genrec.embedding.hkv.state import export_counters, export_meta, get_meta, owner_rank
+from tests.unit.embedding.hkv.model import ModelCounters, ModelTable, bucket_growth, mix64
 
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**62, -(2**62)]
 OPERATIONS = [
     "find_or_insert", "find_or_insert", "find_or_insert", "insert_or_assign", "insert_and_evict", "assign", "accum",
-    "erase", "erase_if", "find", "clear", "reserve", "epoch", "empty",
+    "erase", "erase_if", "find", "export", "clear", "reserve", "epoch", "empty", "pin", "unpin",
 ]  # fmt: skip
 
 
-def build(capacity: int, initial: int, mode: str, choices: int) -> tuple[HkvTable, ModelTable]:
+def build(capacity: int, initial: int, mode: str, choices: int, **options: Any) -> tuple[HkvTable, ModelTable]:
     config = EmbeddingTableConfig(
         "t", 3, ["f"], backend="hkv", capacity=capacity,
         initializer=InitializerConfig("constant", value=0.5), optimizer=TableOptimizerConfig("sgd"),
         options={"score": mode, "initial_capacity": initial, "num_choices": choices, "on_overflow": "init",
-                 "record_evicted": True},
+                 "record_evicted": True, **options},
     )  # fmt: skip
     first, most = bucket_growth(capacity, initial)
     return HkvTable(config), ModelTable(first, most, mode, choices, 0.75, start=0.5)
@@ -45,6 +48,7 @@ def check_equal(table: HkvTable, model: ModelTable) -> None:
         entry = entries[key]
         assert weights[i].tolist() == pytest.approx([entry.value] * 3)
         assert int(meta["steps"][i]) == entry.step
+        assert int(meta["updates"][i]) == entry.update
         assert scores[i] == (entry.step if model.mode in ("lru", "none") else entry.score)
 
 
@@ -75,7 +79,7 @@ def run_operation(table: HkvTable, model: ModelTable, name: str, rng: np.random.
     elif name in ("insert_or_assign", "insert_and_evict"):
         earlier = len(model.evicted)
         model.insert(listed)
-        model.assign(listed, values.tolist())
+        model.assign(listed, values.tolist(), inserted=True)
         if scores is not None:
             model.set_scores(listed, scores.tolist())
         if name == "insert_or_assign":
@@ -90,11 +94,7 @@ def run_operation(table: HkvTable, model: ModelTable, name: str, rng: np.random.
         if scores is not None:
             model.set_scores(listed, scores.tolist())
     elif name == "accum":
-        found = [model.find(key) is not None for key in listed]
-        for key, value in zip(listed, values.tolist(), strict=True):
-            if (entry := model.find(key)) is not None:
-                entry.value += value
-        assert table.accum(batch, rows).tolist() == found
+        assert table.accum(batch, rows).tolist() == model.accum(listed, values.tolist())
     elif name == "erase":
         assert table.erase(batch[:20]) == model.erase(listed[:20])
     elif name == "erase_if":
@@ -108,6 +108,20 @@ def run_operation(table: HkvTable, model: ModelTable, name: str, rng: np.random.
         entries = model.entries()
         assert table.contains(batch).tolist() == [key in entries for key in listed]
         assert table.embed(batch)[:, 1].tolist() == [entries[k].value if k in entries else 0.5 for k in listed]
+    elif name == "export":
+        since, least = int(rng.integers(0, model.step + 1)), int(rng.integers(0, 9))
+        wanted = [
+            key
+            for key, entry in model.entries().items()
+            if (since == 0 or entry.update > since) and entry.order(model.mode)[0] >= least
+        ]
+        assert sorted(table.export(since_step=since, min_score=least)["keys"].tolist()) == sorted(wanted)
+    elif name == "pin" and model.pinned_from is None:
+        model.pinned_from = model.step
+        table.pin(model.step)
+    elif name == "unpin" and model.pinned_from is not None:
+        table.unpin(model.pinned_from)
+        model.pinned_from = None
     elif name == "clear":
         table.clear()
         model.buckets = [[None] * 128 for _ in model.buckets]
@@ -122,12 +136,14 @@ def run_operation(table: HkvTable, model: ModelTable, name: str, rng: np.random.
 @pytest.mark.parametrize("mode", ["lru", "lfu", "epoch_lfu", "custom", "none"])
 @given(
     shape=st.sampled_from([(1, 1, 1), (128, 128, 2), (300, 300, 1), (384, 384, 2), (1000, 128, 1), (1000, 128, 2)]),
-    operations=st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=12),
+    tiers=st.sampled_from([{}, {"fast_capacity": 0.25}, {"fast_capacity": 0.1, "overflow_capacity": 0.3}]),
+    operations=st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=16),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=20, deadline=None)
-def test_random_sequences_equal_the_model(mode, shape, operations, seed):
-    table, model = build(shape[0], shape[1], mode, shape[2])
+@settings(max_examples=40, deadline=None)
+def test_random_sequences_equal_the_model(mode, shape, tiers, operations, seed):
+    options = {name: max(1, int(share * shape[0])) for name, share in tiers.items()}
+    table, model = build(*shape[:2], mode, shape[2], file_directory=tempfile.gettempdir(), **options)
     rng = np.random.default_rng(seed)
     pool = np.concatenate([np.array(EXTREMES), rng.integers(-(2**63), 2**63 - 1, 600), np.arange(-50, 50)])
     for name in operations:
@@ -136,6 +152,36 @@ def test_random_sequences_equal_the_model(mode, shape, operations, seed):
     info = table.info()
     assert info.evicted == len(model.evicted)
     assert info.refused == model.refused
+
+
+@pytest.mark.parametrize("mode", ["lru", "lfu", "none"])
+@given(
+    threshold=st.integers(1, 4),
+    ways=st.integers(1, 6),
+    batches=st.lists(st.lists(st.integers(-30, 30), max_size=30), min_size=1, max_size=12),
+    spread=st.sampled_from([1, 2**40]),
+)
+@settings(max_examples=25, deadline=None)
+def test_admission_equals_the_model(mode, threshold, ways, batches, spread):
+    """A table of two buckets that is full already; few counters, so that they are forgotten too."""
+    table, model = build(256, 256, mode, 1, admission_threshold=threshold, admission_capacity=2 * ways)
+    crowd = torch.arange(10_000, 10_300)
+    table.insert_or_assign(crowd, torch.zeros(300, 3))
+    model.insert(crowd.tolist())
+    model.assign(crowd.tolist(), [0.0] * 300, inserted=True)
+    counters = ModelCounters(2, ways, threshold)
+    for batch in batches:
+        keys = [key * spread for key in batch]
+        table.lookup(torch.tensor(keys, dtype=torch.int64))
+        if threshold > 1:
+            model.train(keys, counters)
+        else:
+            model.insert(keys)
+        check_equal(table, model)
+        counted = export_counters(table)
+        pairs = zip(counted["counts"].tolist(), counted["steps"].tolist(), strict=True)
+        assert dict(zip(counted["keys"].tolist(), map(list, pairs), strict=True)) == counters.contents()
+    assert table.info().unadmitted == counters.unadmitted
 
 
 def test_batch_keeps_the_rows_that_it_names_itself():
@@ -197,6 +243,12 @@ def test_bad_keys_and_rows_are_explained(shape):
     else:
         with pytest.raises(NotImplementedError, match="CUDA engine is not there yet"):
             table.find(torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
+def test_negative_scores_are_refused():
+    table, _ = build(128, 128, "custom", 1)
+    with pytest.raises(ValueError, match="scores must not be negative, got -3"):
+        table.find_or_insert(torch.tensor([1, 2]), scores=torch.tensor([3, -3]))
 
 
 def test_scores_are_refused_unless_custom():
