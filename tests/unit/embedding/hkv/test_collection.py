@@ -89,12 +89,15 @@ def test_weights_take_no_gradient():
         tables(KeyedJaggedTensor(plain.keys(), plain.values(), weights, lengths=plain.lengths()))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adagrad", "rowwise_adagrad"])
 def test_switching_the_backend_keeps_the_losses(optimizer):
-    """Equal start, capacity for every id: static and dynamic tables give equal losses, through a schedule."""
+    """Equal start, capacity for every id: static and dynamic tables give equal losses.
+
+    torch's Adam also moves rows that no id names, dynamic tables don't: there each batch names all.
+    """
     static = EmbeddingTableConfig(
         "item", 8, ["item"], num_embeddings=60, initializer=InitializerConfig("normal", std=0.1),
-        optimizer=TableOptimizerConfig(optimizer, learning_rate=0.3),
+        optimizer=TableOptimizerConfig(optimizer, learning_rate=0.03 if "adam" in optimizer else 0.3),
     )  # fmt: skip
     losses = {}
     start = None
@@ -116,10 +119,11 @@ def test_switching_the_backend_keeps_the_losses(optimizer):
         )
         seen = []
         for _ in range(20):
-            ids = torch.randint(0, 60, (3, 10)).tolist()
+            ids = torch.randint(0, 60, (3, 10)) if "adam" not in optimizer else torch.randperm(60).view(3, 20)
+            ids = ids.tolist()
             out = tables(kjt({"item": ids}))["item"].values()
             # With noise the loss stays of order one, so that its relative error is not one of cancellation.
-            target = torch.sin(torch.tensor(ids).flatten().float()) + torch.randn(30)
+            target = torch.sin(torch.tensor(ids).flatten().float()) + torch.randn(3 * len(ids[0]))
             loss = (head(out).squeeze(1) - target).square().mean()
             combined.zero_grad()
             loss.backward()
