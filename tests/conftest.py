@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -27,4 +28,25 @@ def _own_cache(tmp_path_factory):
     """Tests prepare data into a folder of their own, never into the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENREC_CACHE", str(tmp_path_factory.mktemp("genrec-cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_rounds_to_nearest():
+    """Triton's interpreter truncates fp32 to bf16 where a GPU rounds to nearest: make it round."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or util.find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view("uint16")
+        return convert(values, source, target, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounding)
         yield

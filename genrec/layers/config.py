@@ -57,7 +57,9 @@ class HSTUConfig:
         attention_dropout: Of the attention weights.
         window: Reach of history rows, in tokens; None for all of it.
         attention_backend: "auto", "torch", "triton", "cutlass" or a registered name.
-        layer_backend: What runs the rest of the layer: see `genrec.layers.ops`.
+        layer_backend: What runs the rest of the layer: "auto", "triton" or "torch".
+        layer_recompute: Which of the layer's tensors the backward pass makes again instead of keeping: "norm" (the
+            input of the first projection), "silu" (its output, where silu_all), "gate" (the input of the second).
         recompute: Keep only each layer's input and compute the rest again in the backward pass.
 
     Raises:
@@ -86,6 +88,7 @@ class HSTUConfig:
     window: int | None = None
     attention_backend: str = "auto"
     layer_backend: str = "torch"
+    layer_recompute: tuple[str, ...] = ()
     recompute: bool = False
 
     def __post_init__(self) -> None:

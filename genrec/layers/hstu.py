@@ -39,7 +39,7 @@ class HSTULayer(nn.Module):
         c = config.resolved()
         self.config = c
         self.num_heads = c.num_heads
-        self.ops = get_layer_ops(c.layer_backend)
+        self.ops = get_layer_ops(c.layer_backend, c.layer_recompute)
         self.input_norm = nn.LayerNorm(c.hidden_dim, c.norm_eps, c.norm_affine)
         self.uvqk = nn.Linear(c.hidden_dim, c.num_heads * 2 * (c.v_dim + c.qk_dim), c.uvqk_bias)
         self.relative_bias = RelativeBiasTables(c) if c.relative_bias != "none" else None

@@ -19,15 +19,25 @@ weights, so that a tensor-parallel linear can stand where a plain one stood.
 from __future__ import annotations
 
 import importlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from genrec.layers.recompute import Recomputed, check_recompute
+
+log = logging.getLogger(__name__)
 
 
 class LayerOps(Protocol):
-    """What a layer backend offers."""
+    """What a layer backend offers. Its constructor takes `recompute`, a sequence of names of `RECOMPUTABLE`."""
 
     def norm_linear_silu(
         self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
@@ -37,12 +47,14 @@ class LayerOps(Protocol):
         Args:
             x: (T, D).
             norm: (T, D) -> (T, D).
-            linear: (T, D) -> (T, H * (2 Dv + 2 Dqk)), head-major: within a head u, v, q, k.
+            linear: (T, D) -> (T, H * (2 Dv + 2 Dqk)), head-major: within a head u, v, q, k. It may return a pair, the
+                result and a bias still to be added or None, as Megatron's linear layers do.
             widths: (Dv, Dqk).
             silu_all: SiLU on all of u, v, q, k (the paper) or on u alone (production).
 
         Returns:
-            u, v: (T, H, Dv); q, k: (T, H, Dqk); the last dimension is contiguous.
+            u, v: (T, H, Dv); q, k: (T, H, Dqk); the last dimension is contiguous. u is for the same implementation's
+            `gated_output` alone: its SiLU may be left to that.
         """
         ...
 
@@ -62,9 +74,9 @@ class LayerOps(Protocol):
         Args:
             x: (T, D), the residual.
             a: (T, H, Dv), the attention's output.
-            u: (T, H, Dv), the gate.
+            u: (T, H, Dv), the gate, from `norm_linear_silu`.
             norm: (T, H * Dv) -> (T, H * Dv).
-            linear: (T, H * Dv) or (T, H * 3 Dv) -> (T, D), head-major.
+            linear: (T, H * Dv) or (T, H * 3 Dv) -> (T, D), head-major; it may return a pair.
             concat: The production form.
             dropout: Probability, applied where `training`.
             training: As nn.Module.training.
@@ -72,18 +84,50 @@ class LayerOps(Protocol):
         ...
 
 
+def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), with the bias added that Megatron's linear layers may return beside the result."""
+    y = linear(x)
+    if isinstance(y, tuple):
+        y, bias = y
+        return y if bias is None else y + bias
+    return y
+
+
 class TorchLayerOps:
     """Plain torch, any device and dtype."""
+
+    def __init__(self, recompute: Sequence[str] = ()) -> None:
+        self.recompute = check_recompute(recompute)
 
     def norm_linear_silu(
         self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `LayerOps.norm_linear_silu`."""
         dv, dqk = widths
-        y = linear(norm(x))
-        y = (F.silu(y) if silu_all else y).unflatten(-1, (-1, 2 * dv + 2 * dqk))
+        note_use("torch")
+        y = self._activated(x, norm, linear, silu_all).unflatten(-1, (-1, 2 * dv + 2 * dqk))
         u, v, q, k = y.split([dv, dv, dqk, dqk], dim=-1)
         return (u if silu_all else F.silu(u)), v, q, k
+
+    def _activated(self, x: Tensor, norm: nn.Module, linear: nn.Module, silu_all: bool) -> Tensor:
+        """linear(norm(x)), with `silu_all` after SiLU."""
+        if not self.recompute:
+            y = apply_linear(linear, norm(x))
+            return F.silu(y) if silu_all else y
+
+        def normalise() -> Tensor:
+            normed = norm(x)
+            # As autocast would, but here, so that what the projection keeps is the very tensor made again.
+            enabled = torch.is_autocast_enabled(x.device.type) and normed.dtype != torch.float64
+            return normed.to(torch.get_autocast_dtype(x.device.type)) if enabled else normed
+
+        y, recomputed = project(normalise(), normalise, linear, "norm" in self.recompute, "silu" in self.recompute)
+        if not silu_all:
+            return y
+        if recomputed is None:
+            return F.silu(y)
+        with recomputed.saved():
+            return F.silu(y)
 
     def gated_output(
         self,
@@ -97,25 +141,141 @@ class TorchLayerOps:
         training: bool,
     ) -> Tensor:
         """As `LayerOps.gated_output`."""
-        gated = u * norm(a.flatten(1)).view_as(a)
-        y = torch.cat([u, a, gated], dim=-1) if concat else gated
-        return x + linear(F.dropout(y.flatten(1), dropout, training))
+
+        def product_and_linear(a: Tensor, u: Tensor) -> Tensor:
+            gated = u * norm(a.flatten(1)).view_as(a)
+            y = torch.cat([u, a, gated], dim=-1) if concat else gated
+            return apply_linear(linear, F.dropout(y.flatten(1), dropout, training))
+
+        if "gate" in self.recompute and torch.is_grad_enabled():
+            return x + checkpoint(product_and_linear, a, u, use_reentrant=False)
+        return x + product_and_linear(a, u)
+
+
+def project(
+    normed: Tensor, normalise: Callable[[], Tensor], linear: nn.Module, again_normed: bool, again_projected: bool
+) -> tuple[Tensor, Recomputed | None]:
+    """(linear(normed), what stands for it in the graph where it is to be made again).
+
+    Args:
+        normed: The normalised input.
+        normalise: Makes it again.
+        linear: As in `LayerOps`.
+        again_normed: Don't keep `normed` for the backward pass.
+        again_projected: Don't keep the result for the backward pass of what follows.
+    """
+    source = Recomputed(normed, normalise) if again_normed else None
+    if source is None:
+        y = apply_linear(linear, normed)
+        return y, Recomputed(y, partial(apply_linear, linear, normed)) if again_projected else None
+    with source.saved():
+        y = apply_linear(linear, normed)
+    return y, Recomputed(y, lambda: apply_linear(linear, source.look())) if again_projected else None
+
+
+class AutoLayerOps:
+    """The Triton kernels for tensors that they know on a GPU, plain torch for all else. Logs each choice once."""
+
+    def __init__(self, recompute: Sequence[str] = ()) -> None:
+        self._torch = TorchLayerOps(recompute)
+        self._reason = why_not("triton")
+        self._triton = None if self._reason else get_layer_ops("triton", recompute)
+
+    def _choose(self, x: Tensor) -> LayerOps:
+        reason = self._reason
+        if not reason and not x.is_cuda:
+            reason = f"the tokens are on the {x.device.type}"
+        if not reason and x.dtype == torch.float64:
+            reason = "its kernels don't know fp64"
+        if not torch.compiler.is_compiling():
+            _log_choice("torch" if reason else "triton", reason or "")
+        return self._torch if reason or self._triton is None else self._triton
+
+    def norm_linear_silu(
+        self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `LayerOps.norm_linear_silu`."""
+        return self._choose(x).norm_linear_silu(x, norm, linear, widths, silu_all)
+
+    def gated_output(
+        self,
+        x: Tensor,
+        a: Tensor,
+        u: Tensor,
+        norm: nn.Module,
+        linear: nn.Module,
+        concat: bool,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """As `LayerOps.gated_output`."""
+        return self._choose(x).gated_output(x, a, u, norm, linear, concat, dropout, training)
+
+
+@lru_cache(maxsize=16)
+def _log_choice(name: str, passed_over: str) -> None:
+    """Logged once for each different choice."""
+    log.info("Layer backend: %s%s", name, f" (not triton: {passed_over})" if passed_over else "")
 
 
 # Name -> "module:Class", imported when asked for.
-LAYER_BACKENDS: dict[str, str] = {"torch": "genrec.layers.ops:TorchLayerOps"}
+LAYER_BACKENDS: dict[str, str] = {
+    "triton": "genrec.layers.triton:TritonLayerOps",
+    "torch": "genrec.layers.ops:TorchLayerOps",
+    "auto": "genrec.layers.ops:AutoLayerOps",
+}
+
+_used: defaultdict[str, set[str]] = defaultdict(set)
 
 
-def get_layer_ops(name: str) -> LayerOps:
+def note_use(name: str, *notes: str) -> None:
+    """Keep for the run's report that backend `name` has served, and what it did how."""
+    if not torch.compiler.is_compiling():
+        _used[name].update(notes)
+
+
+def layer_backends_used() -> dict[str, list[str]]:
+    """The backends that have served a layer in this process, each with what it fused and what it left to a module."""
+    return {name: sorted(notes) for name, notes in sorted(_used.items())}
+
+
+@dataclass(frozen=True)
+class LayerBackendReport:
+    """One line of `python -m genrec.backends`."""
+
+    name: str
+    reason: str | None
+    """None where the backend can run here, else why not."""
+
+
+def report() -> list[LayerBackendReport]:
+    """A line for each layer backend but "auto", in the order in which "auto" tries them."""
+    return [LayerBackendReport(name, why_not(name)) for name in LAYER_BACKENDS if name != "auto"]
+
+
+def why_not(name: str) -> str | None:
+    """None where layer backend `name` can run here, else the reason."""
+    try:
+        get_layer_ops(name)
+    except ValueError as error:
+        return str(error.__cause__ or error)
+    return None
+
+
+def get_layer_ops(name: str, recompute: Sequence[str] = ()) -> LayerOps:
     """The layer backend of that name.
 
+    Args:
+        name: "auto", "triton", "torch" or another of `LAYER_BACKENDS`.
+        recompute: As `HSTUConfig.layer_recompute`.
+
     Raises:
-        ValueError: No such backend, or it can't be loaded; the message says why.
+        ValueError: No such backend, it can't be loaded, or not on this machine; the message says why.
     """
     if name not in LAYER_BACKENDS:
         raise ValueError(f"Unknown layer backend '{name}'. Known: {', '.join(LAYER_BACKENDS)}.")
     module, _, attribute = LAYER_BACKENDS[name].partition(":")
     try:
-        return cast(LayerOps, getattr(importlib.import_module(module), attribute)())
+        return cast(LayerOps, getattr(importlib.import_module(module), attribute)(recompute=recompute))
     except ImportError as error:
-        raise ValueError(f"Layer backend '{name}' can't be loaded: {error}. Choose 'torch'.") from error
+        raise ValueError(f"Layer backend '{name}' can't be loaded: {error}. Choose 'torch' or 'auto'.") from error

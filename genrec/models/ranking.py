@@ -138,7 +138,7 @@ class HSTURanking(RankingModel):
         num_items: V.
         tasks: As in `RankingModel`.
         num_layers, num_heads, qk_dim, v_dim, form, dropout, attention_dropout, window, attention_backend,
-        layer_backend, recompute: As in `HSTUConfig`.
+        layer_backend, layer_recompute, recompute: As in `HSTUConfig`.
         relative_bias: As in `HSTUConfig`; None: "time" in the paper's form, "none" in production's. A position bias
             would make a candidate's score depend on its place among the candidates.
         hstu_options: Any other field of `HSTUConfig`, by name.
@@ -164,6 +164,7 @@ class HSTURanking(RankingModel):
         window: int | None = None,
         attention_backend: str = "auto",
         layer_backend: str = "torch",
+        layer_recompute: Sequence[str] = (),
         recompute: bool = False,
         hstu_options: Mapping[str, Any] | None = None,
         **options: Any,
@@ -174,7 +175,8 @@ class HSTURanking(RankingModel):
         config = HSTUConfig(
             self.hidden_dim, num_layers, num_heads, qk_dim, v_dim, self.max_tokens, form,
             relative_bias=relative_bias, dropout=dropout, attention_dropout=attention_dropout, window=window,
-            attention_backend=attention_backend, layer_backend=layer_backend, recompute=recompute,
+            attention_backend=attention_backend, layer_backend=layer_backend,
+            layer_recompute=tuple(layer_recompute), recompute=recompute,
         )  # fmt: skip
         self.hstu_config = replace(config, **(hstu_options or {}))
         self.build()

@@ -319,7 +319,7 @@ class HSTURetrieval(RetrievalModel):
     Args:
         num_items: V.
         num_layers, num_heads, qk_dim, v_dim, form, relative_bias, dropout, attention_dropout, window,
-        attention_backend, layer_backend, recompute: As in `HSTUConfig`.
+        attention_backend, layer_backend, layer_recompute, recompute: As in `HSTUConfig`.
         hstu_options: Any other field of `HSTUConfig`, by name.
         options: As in `RetrievalModel`.
 
@@ -343,6 +343,7 @@ class HSTURetrieval(RetrievalModel):
         window: int | None = None,
         attention_backend: str = "auto",
         layer_backend: str = "torch",
+        layer_recompute: Sequence[str] = (),
         recompute: bool = False,
         hstu_options: Mapping[str, Any] | None = None,
         **options: Any,
@@ -351,7 +352,8 @@ class HSTURetrieval(RetrievalModel):
         config = HSTUConfig(
             self.hidden_dim, num_layers, num_heads, qk_dim, v_dim, self.max_tokens, form,
             relative_bias=relative_bias, dropout=dropout, attention_dropout=attention_dropout, window=window,
-            attention_backend=attention_backend, layer_backend=layer_backend, recompute=recompute,
+            attention_backend=attention_backend, layer_backend=layer_backend,
+            layer_recompute=tuple(layer_recompute), recompute=recompute,
         )  # fmt: skip
         self.hstu_config = replace(config, **(hstu_options or {}))
         self.build()

@@ -259,13 +259,15 @@ def make_room(directory: Path) -> None:
 
 
 def environment(config: RecipeConfig, data: Any) -> dict[str, Any]:
-    """What environment.json says: versions, hardware, command, seed, attention backends, hash of the test targets."""
+    """What environment.json says: versions, hardware, command, seed, backends, hash of the test targets."""
     return {
         **describe(),
         "command": " ".join(sys.argv),
         "seed": config.seed,
         "attention_backend": config.attention.backend,
         "attention_backends_used": _attention_used(),
+        "layer_backend": config.model.layer_backend,
+        "layer_backends_used": _layers_used(),
         "test_targets_hash": getattr(data, "test_targets_hash", None),
     }
 
@@ -274,6 +276,12 @@ def _attention_used() -> list[str]:
     from genrec.attention.registry import registry
 
     return sorted(registry.used)
+
+
+def _layers_used() -> dict[str, list[str]]:
+    from genrec.layers.ops import layer_backends_used
+
+    return layer_backends_used()
 
 
 def import_class(path: str) -> type:
@@ -353,6 +361,7 @@ def hstu_arguments(config: Any) -> dict[str, Any]:
         "window": config.attention.window,
         "attention_backend": config.attention.backend,
         "layer_backend": config.model.layer_backend,
+        "layer_recompute": tuple(config.model.layer_recompute),
         "recompute": config.model.recompute,
     }
 

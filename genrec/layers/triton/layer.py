@@ -1,0 +1,146 @@
+"""`TritonLayerOps`: the two halves of an HSTU layer with fused kernels around the layer's own linear modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from genrec.layers.hstu import HeadNorm
+from genrec.layers.ops import apply_linear, note_use, project
+from genrec.layers.recompute import Recomputed, check_recompute
+from genrec.layers.triton._launch import DTYPES, MAX_WIDTH, check_machine
+from genrec.layers.triton.dropout import new_seed, threshold
+from genrec.layers.triton.gate import gated_product
+from genrec.layers.triton.norm import layer_norm
+from genrec.layers.triton.silu import SplitActivated
+
+
+class _PlainNorm(NamedTuple):
+    """What the kernels need to know of a norm module."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    groups: int
+    eps: float
+
+
+class TritonLayerOps:
+    """Fused kernels for fp32, bf16 and fp16 on an NVIDIA GPU (or under TRITON_INTERPRET=1, for tests).
+
+    Modules that are not what they were, such as a norm with statistics over several ranks, are called as they are, and
+    only what is left around them is fused; `genrec.layers.ops.layer_backends_used` tells.
+
+    Raises:
+        ImportError: This machine can't run the kernels; the message says why.
+    """
+
+    def __init__(self, recompute: Sequence[str] = ()) -> None:
+        check_machine()
+        self.recompute = check_recompute(recompute)
+
+    def norm_linear_silu(
+        self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `LayerOps.norm_linear_silu`; u is returned as it is before its SiLU."""
+        self._check(x)
+        normalise = self._normaliser(x, norm)
+        normed = normalise()
+        # Where v, q, k stay views of the projection there is nothing to save by making it again.
+        again = silu_all and "silu" in self.recompute
+        y, recomputed = project(normed, normalise, linear, "norm" in self.recompute, again)
+        if recomputed is None:
+            return SplitActivated.apply(y, *widths, silu_all, False)
+        with recomputed.saved():
+            return SplitActivated.apply(y, *widths, silu_all, True)
+
+    def gated_output(
+        self,
+        x: Tensor,
+        a: Tensor,
+        u: Tensor,
+        norm: nn.Module,
+        linear: nn.Module,
+        concat: bool,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """As `LayerOps.gated_output`; u is taken as it is before its SiLU."""
+        self._check(a)
+        p = dropout if training and threshold(dropout) > 0 else 0.0
+        seed = new_seed(a.device) if p > 0.0 else None
+        plain = plain_norm(norm, a.shape[1] * a.shape[2])
+        normed = None
+        if plain is None:
+            note_use("triton", f"gate: fused, its norm by {type(norm).__name__}")
+            normed, plain = norm(a.flatten(1)), _PlainNorm(None, None, 1, 0.0)
+        else:
+            note_use("triton", "gate: fused with its norm")
+        product = partial(_gated, a, u, normed, plain, seed, p, concat, _result_dtype(a))
+        gated = product()
+        if "gate" not in self.recompute:
+            return x + apply_linear(linear, gated)
+        with Recomputed(gated, product).saved():
+            return x + apply_linear(linear, gated)
+
+    def _normaliser(self, x: Tensor, norm: nn.Module) -> Callable[[], Tensor]:
+        """What computes norm(x), now and perhaps again."""
+        plain = plain_norm(norm, x.shape[1])
+        if plain is None:
+            note_use("triton", f"input norm: by {type(norm).__name__}")
+            return partial(norm, x)
+        note_use("triton", "input norm: fused")
+        return partial(_normed, x, plain, _result_dtype(x))
+
+    @staticmethod
+    def _check(x: Tensor) -> None:
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"Layer backend 'triton' knows fp32, bf16 and fp16, got {x.dtype}. Choose layer_backend 'torch' "
+                "or 'auto'."
+            )
+
+
+def plain_norm(norm: nn.Module, width: int) -> _PlainNorm | None:
+    """The norm's parameters where the kernels do the same as the module; None where the module itself must be called.
+
+    That is a LayerNorm over all `width` columns or a HeadNorm, exactly these classes and without hooks, up to 16384
+    columns in a group.
+    """
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        return None
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if (weight is None) != (bias is None):
+        return None
+    if type(norm) is nn.LayerNorm and norm.normalized_shape == (width,) and width <= MAX_WIDTH:
+        return _PlainNorm(weight, bias, 1, norm.eps)
+    if type(norm) is HeadNorm and width % norm.dim == 0 and norm.dim <= MAX_WIDTH:
+        return _PlainNorm(weight, bias, width // norm.dim, norm.eps)
+    return None
+
+
+def _normed(x: Tensor, norm: _PlainNorm, dtype: torch.dtype) -> Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.groups, norm.eps, dtype)[0]
+
+
+def _gated(
+    a: Tensor,
+    u: Tensor,
+    normed: Tensor | None,
+    norm: _PlainNorm,
+    seed: Tensor | None,
+    dropout: float,
+    concat: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return gated_product(a, u, normed, norm.weight, norm.bias, seed, norm.groups, norm.eps, dropout, concat, True,
+                         dtype)[0]  # fmt: skip
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """What the projection after it reads: under autocast its dtype at once, instead of fp32 and a conversion."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
