@@ -1,4 +1,4 @@
-"""`python -m genrec.backends`: which attention backends this machine can run, and why not the others.
+"""`python -m genrec.backends`: which attention and layer backends this machine can run, and why not the others.
 
 With options that describe a call (`--dtype bf16 --qk-dim 50 --bias relative --targets`) the answer is about that call.
 """
@@ -13,6 +13,8 @@ import torch
 
 from genrec._version import __version__
 from genrec.attention import AttentionSpec, registry
+from genrec.attention.registry import BackendReport
+from genrec.layers import ops as layer_ops
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,15 +74,25 @@ def asked_spec(options: argparse.Namespace) -> AttentionSpec | None:
 def table(spec: AttentionSpec | None = None) -> str:
     """A line for each backend: its name, whether it runs (and serves `spec`), and why not."""
     lines = registry.report(spec)
-    width = max(len("backend"), *(len(line.name) for line in lines))
-    rows = [f"{'backend':<{width}}  runs  why not"]
+    first = next((line.name for line in lines if line.reason is None), "none")
+    choice = f"'auto' {'would choose' if spec else 'tries them in this order; first that runs'}: {first}"
+    return f"{_rows('attention', lines)}\n\n{choice}"
+
+
+def layer_table() -> str:
+    """The same for what runs the layers outside attention."""
+    lines = layer_ops.report()
+    first = "triton" if torch.cuda.is_available() and lines[0].reason is None else "torch"
+    return f"{_rows('layer', lines)}\n\n'auto' takes triton for tensors on a GPU, else torch; here: {first}"
+
+
+def _rows(head: str, lines: Sequence[BackendReport | layer_ops.LayerBackendReport]) -> str:
+    width = max(len("attention"), *(len(line.name) for line in lines))
+    rows = [f"{head:<{width}}  runs  why not"]
     rows += [
         f"{line.name:<{width}}  {'no ' if line.reason else 'yes'}   {line.reason or ''}".rstrip() for line in lines
     ]
-    first = next((line.name for line in lines if line.reason is None), "none")
-    return "\n".join(
-        [*rows, "", f"'auto' {'would choose' if spec else 'tries them in this order; first that runs'}: {first}"]
-    )
+    return "\n".join(rows)
 
 
 def machine() -> str:
@@ -100,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(spec)
     print()
     print(table(spec))
+    if spec is None:
+        print(f"\n{layer_table()}")
     return 0 if any(line.reason is None for line in registry.report(spec)) else 1
 
 

@@ -78,8 +78,8 @@ class ModelConfig:
         time_encoding: Added encoding of an event's age: "none", "sqrt" or "log".
         scale_by_sqrt_dim: Multiply embeddings by sqrt(hidden_dim), as the paper's public code does.
         layer_backend: What runs the layers outside attention: "auto", "triton" or "torch".
-        layer_recompute: Which of a layer's tensors the backward pass makes again instead of keeping: any of "norm" (input
-            of the first projection), "silu" (its output, in the paper's form) and "gate" (input of the second).
+        layer_recompute: Which of a layer's tensors the backward pass makes again instead of keeping: any of "norm"
+            (input of the first projection), "silu" (its output, in the paper's form) and "gate" (input of the second).
         recompute: Keep only each layer's input for the backward pass and compute the rest again: less
             memory, more time.
     """

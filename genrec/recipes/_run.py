@@ -258,7 +258,7 @@ def make_room(directory: Path) -> None:
     print(f"The earlier run in {directory} is now in {aside}")
 
 
-def environment(config: RecipeConfig, data: Any) -> dict[str, Any]:
+def environment(config: Any, data: Any) -> dict[str, Any]:
     """What environment.json says: versions, hardware, command, seed, backends, hash of the test targets."""
     return {
         **describe(),

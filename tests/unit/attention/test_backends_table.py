@@ -40,7 +40,10 @@ def test_module_prints_every_backend() -> None:
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     for name in ("torch", "triton", "cutlass"):
         assert any(line.startswith(name) for line in done.stdout.splitlines())
-    assert any(line.split()[:2] == ["torch", "yes"] for line in done.stdout.splitlines())
+    attention, layers = done.stdout.split("\nlayer ")
+    for part in (attention, layers):
+        assert any(line.split()[:2] == ["torch", "yes"] for line in part.splitlines())
+    assert any(line.startswith("triton") for line in layers.splitlines())
 
 
 def test_options_ask_about_a_call(picky: BackendRegistry, capsys: pytest.CaptureFixture[str]) -> None:
