@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from genrec.layers import HSTUConfig, HSTUStack, TokenSequence
+from genrec.layers import HSTUConfig, HSTULayer, HSTUStack, SASRecConfig, SASRecStack, TokenSequence
 from genrec.parallel import megatron
-from genrec.parallel.parallelize import parallelize, shard_dims
+from genrec.parallel.parallelize import check_model, clip_grad_norm, parallelize, shard_dims
 from tests.distributed.ranks import run_ranks
 
 PRELOAD = ["megatron.core.tensor_parallel", "genrec.parallel.parallelize"]
@@ -133,3 +133,192 @@ def test_split_stacks_are_whole_ones_to_rounding(world_size, size):
             bound = 1e-12 if case[1] == torch.float64 else 1.0
             worst = max(differences, key=differences.__getitem__)
             assert differences[worst] < bound, (case, worst, differences[worst])
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A stack between two layers that every rank holds whole."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.before = nn.Linear(12, 12)
+        self.stack = new_stack(torch.float64, **options)
+        self.after = nn.Linear(12, 3)
+
+    def forward(self, batch: TokenSequence) -> Tensor:
+        return self.after(self.stack(self.before(batch.x), batch)).square().mean()
+
+
+def shares(count: int) -> list[TokenSequence]:
+    """Batches of the same number of tokens: the mean of their losses is the loss of all of them."""
+    whole = tokens(torch.float64)
+    order = torch.arange(len(whole.x))
+    return [whole.with_x(whole.x[order.roll(3 * share)] * (1 + share)) for share in range(count)]
+
+
+def train(model: nn.Module, loss: Any, batches: list[TokenSequence], max_norm: float, norm_type: float) -> list[Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    norms = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.stack([loss(batch) for batch in batches]).mean().backward()
+        norms.append(clip_grad_norm(model.parameters(), max_norm, norm_type))
+        optimizer.step()
+    return norms
+
+
+def _training(rank: int, world_size: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    cases = [(form, parallel, 2.0) for form in ("paper, all", "production", "group norm, all") for parallel in (0, 1)]
+    for form, sequence_parallel, norm_type in [*cases, ("recompute", 0, float("inf")), ("recompute", 1, 1.0)]:
+        results = []
+        for size in (1, 2):
+            megatron.initialize(size)
+            torch.manual_seed(3)
+            model = Model(**FORMS[form]).double()
+            if size == 1:
+                norms = train(model, model, shares(2), 0.5, norm_type)
+            else:
+                parallelize(model, sequence_parallel=bool(sequence_parallel))
+                wrapped = megatron.wrap_data_parallel(model, set())
+                own = shares(2)[megatron.data_parallel_rank()]
+                norms = train(model, wrapped, [own], 0.5, norm_type)
+            dims = shard_dims(model)
+            results.append((norms, {name: p.detach() for name, p in model.named_parameters()}))
+            if size == 2:
+                expected = {name: block(p, dims.get(name)) for name, p in results[0][1].items()}
+            megatron.destroy()
+        (norms, _), (split_norms, split) = results
+        found[form, sequence_parallel, norm_type] = {
+            "parameters": max(difference(split[name], value) for name, value in expected.items()),
+            "norms": max(difference(b, a) for a, b in zip(norms, split_norms, strict=True)),
+            "clipped": sum(float(norm) > 0.5 for norm in norms),
+            "exact norms": [float(norm) for norm in split_norms],
+            "whole": {name: p for name, p in split.items() if name not in dims},
+        }
+    return found
+
+
+def test_training_and_clipping_over_two_by_two_ranks_is_that_of_one_process():
+    results = run_ranks(_training, 4, preload=PRELOAD)
+    for case, found in results[0].items():
+        assert found["clipped"], "clipping is tested"
+        for result in results:
+            assert result[case]["parameters"] < 1e-10, case
+            assert result[case]["norms"] < 1e-10, case
+            assert result[case]["exact norms"] == found["exact norms"]
+            for name, parameter in result[case]["whole"].items():
+                assert torch.equal(parameter, found["whole"][name])
+
+
+# Dropout, precision, errors -------------------------------------------------------------------------------------------
+
+
+class _Caught:
+    """What `linear` is given in a forward pass, by a hook."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        self.inputs: list[Tensor] = []
+        linear.register_forward_pre_hook(lambda module, inputs: self.inputs.append(inputs[0].detach()))
+
+
+def _dropout(rank: int, world_size: int) -> dict[str, Any]:
+    batch = tokens(torch.float64)
+    megatron.initialize(2)
+    torch.manual_seed(11)
+    stack = new_stack(torch.float64, 0, dropout=0.5, num_layers=1, recompute=True, concat=True, output_bias=False)
+    parallelize(stack)
+    caught = _Caught(stack.layers[0].output)
+    torch.manual_seed(12)
+    x = batch.x.clone().requires_grad_()
+    out = stack(x, batch)
+    after = torch.rand(1)
+    out.sum().backward()
+    again = torch.rand(1)
+    masks = [(inputs == 0).view(len(batch.x), 2, -1) for inputs in caught.inputs]
+
+    other = new_stack(torch.float64, 0, attention_dropout=0.5, num_layers=1)
+    with torch.no_grad():
+        # Every head alike: only the masks of the attention weights differ by head and by rank.
+        for weight in (other.layers[0].uvqk.weight, other.layers[0].output.weight.T):
+            weight.copy_(weight.unflatten(0, (4, -1))[:1].expand(4, -1, -1).flatten(0, 1))
+    parallelize(other)
+    attention = _Caught(other.layers[0].output)
+    other(batch.x, batch)
+
+    errors = []
+    torch.manual_seed(20 + rank)
+    wrong = new_stack(torch.float64, 0, dropout=0.5)
+    parallelize(wrong)
+    torch.manual_seed(30 + rank)
+    for own in (batch, batch.with_x(batch.x[: len(batch.x) - rank])):
+        with pytest.raises(RuntimeError) as raised:
+            wrong(own.x, own)
+        errors.append(str(raised.value))
+    with pytest.raises(ValueError, match="sequence_parallel needs every HSTU layer in an HSTUStack"):
+        parallelize(HSTULayer(HSTUConfig(**SIZES)), sequence_parallel=True)
+    megatron.destroy()
+    return {
+        "masks": masks, "out": out.detach(), "grad": x.grad, "after": float(after), "again": float(again),
+        "attention": attention.inputs[0], "errors": errors,
+    }  # fmt: skip
+
+
+def test_dropout_of_heads_differs_by_rank_and_all_else_is_drawn_alike():
+    first, second = run_ranks(_dropout, 2, preload=PRELOAD)
+    for own, other in ((first, second), (second, first)):
+        forward, recomputed = own["masks"]
+        assert torch.equal(forward, recomputed), "the backward pass drops what the forward pass did"
+        assert 0.4 < forward.double().mean() < 0.6
+        same = (forward == other["masks"][0]).double().mean()
+        assert 0.4 < same < 0.6, "masks of two ranks are independent"
+        assert own["after"] == other["after"], "random numbers after the layer are drawn alike"
+        assert own["again"] == other["again"]
+        assert own["after"] != own["again"]
+        assert torch.equal(own["out"], other["out"])
+        assert torch.equal(own["grad"], other["grad"])
+        assert "different random states: seed them alike" in own["errors"][0]
+        assert "batches of [19, 18] tokens: give all of them the same batch" in own["errors"][1]
+    assert not torch.equal(first["attention"], second["attention"])
+
+
+def _autocast(rank: int, world_size: int) -> dict[str, float]:
+    megatron.initialize(2)
+    batch, found = tokens(torch.float32), {}
+    for form in ("production, all", "paper, all"):
+        for sequence_parallel in (False, True):
+            results = []
+            for split in (False, True):
+                stack = new_stack(torch.float32, **FORMS[form])
+                if split:
+                    parallelize(stack, sequence_parallel=sequence_parallel)
+                x = batch.x.clone().requires_grad_()
+                with torch.autocast("cpu", torch.bfloat16):
+                    out = stack(x, batch)
+                out.float().square().mean().backward()
+                results.append((out, x.grad, stack.layers[0].uvqk.weight.grad))
+            (a, dx_a, dw_a), (b, dx_b, dw_b) = results
+            assert a.dtype == b.dtype
+            assert dw_b.dtype == torch.float32
+            name = f"{form}/{sequence_parallel}"
+            found[f"{name}/out"] = difference(b.float(), a.float())
+            found[f"{name}/x"] = difference(dx_b, dx_a)
+            found[f"{name}/weight"] = difference(dw_b, block(dw_a, 0))
+    megatron.destroy()
+    return found
+
+
+def test_autocast_to_bf16_gives_what_whole_layers_give_in_it():
+    for result in run_ranks(_autocast, 2, preload=PRELOAD):
+        for name, value in result.items():
+            assert value < 0.05, (name, value)
+
+
+def test_a_model_without_layers_to_split_is_an_error():
+    with pytest.raises(ValueError, match=r"SASRecStack has none.*set tensor_parallel_size=1"):
+        check_model(SASRecStack(SASRecConfig()), 2, 2)
+    check_model(SASRecStack(SASRecConfig()), 2, 1)
+    with pytest.raises(ValueError, match="doesn't divide num_heads 4"):
+        check_model(HSTUStack(HSTUConfig(**SIZES)), 3, 3)
