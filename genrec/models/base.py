@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from genrec._optimizer_names import set_parameter_names
 from genrec.data.batch import SequenceBatch
 from genrec.embedding.config import EmbeddingBackend, EmbeddingTableConfig, InitializerConfig, TableOptimizerConfig
 from genrec.embedding.tables import EmbeddingTables
@@ -289,6 +290,7 @@ class SequenceRecommender(L.LightningModule):
         for name, weight in self.tables.named_table_parameters():
             optimizers[f"tables.{name}"] = table_optimizer(weight, self.tables.configs[name].optimizer)
         optimizer = CombinedOptimizer(optimizers, self.tables.fused_optimizers())
+        set_parameter_names(optimizer, self)
         if self.schedule_config.name == "constant" and self.schedule_config.warmup_steps == 0:
             return optimizer
         scheduler = build_scheduler(optimizer, self.schedule_config, self._estimated_steps())

@@ -72,6 +72,7 @@ class CombinedOptimizer(Optimizer):
     def __init__(self, optimizers: Mapping[str, Optimizer], fused: Sequence[Optimizer] = ()) -> None:
         self.optimizers = dict(optimizers)
         self.fused = list(fused)
+        self._fused_weights = [_weights_by_group(optimizer) for optimizer in fused]
         groups: list[dict[str, Any]] = []
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -98,6 +99,15 @@ class CombinedOptimizer(Optimizer):
                     groups[_fused_name(index, part)] for part in range(len(optimizer.param_groups))
                 ]
 
+    def driven_parameters(self) -> list[list[Tensor]]:
+        """Parameters of each group; of the groups of fused optimizers the tables' weights, which they don't hold."""
+        weights = {
+            _fused_name(index, part): tensors
+            for index, parts in enumerate(self._fused_weights)
+            for part, tensors in enumerate(parts)
+        }
+        return [weights.get(group["name"], group["params"]) for group in self.param_groups]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._link()
@@ -121,6 +131,13 @@ class CombinedOptimizer(Optimizer):
                 group["lr"] = rates[_fused_name(index, part)]
             # A fused optimizer's step hands its rates on and does nothing else.
             optimizer.step()
+
+
+def _weights_by_group(optimizer: Optimizer) -> list[list[Tensor]]:
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    weights = list(getattr(optimizer, "params", {}).values())
+    # Dynamic tables have a group each, which an earlier CombinedOptimizer may have replaced by its own, without weights.
+    return [[weight] for weight in weights] if not any(groups) and len(weights) == len(groups) else groups
 
 
 def _fused_name(index: int, part: int) -> str:
@@ -227,4 +244,15 @@ def schedule_factor(step: int, config: ScheduleConfig, total_steps: int | None =
 def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, total_steps: int | None = None) -> LambdaLR:
     """A scheduler that is to be stepped after each step of the optimizer."""
     schedule_factor(config.warmup_steps, config, total_steps)
-    return LambdaLR(optimizer, lambda step: schedule_factor(step, config, total_steps))
+    return Schedule(optimizer, lambda step: schedule_factor(step, config, total_steps))
+
+
+class Schedule(LambdaLR):
+    """LambdaLR whose saved state fits an optimizer with other parameter groups: the base rates are the groups' own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the saved step. The optimizer's state must be loaded before."""
+        rates = ("base_lrs", "_last_lr", "lr_lambdas")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in rates} | {"lr_lambdas": [None]})
+        self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

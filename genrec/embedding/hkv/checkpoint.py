@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -133,26 +133,39 @@ def _save(
     tables = find_tables(module)
     directory.mkdir(parents=True, exist_ok=True)
     folder = directory / f"data-{_agreed_name(group, world_size)}"
-    folder.mkdir(exist_ok=True)
-    for name, table in tables.items():
-        if table.world_size == 1 and rank > 0:
-            continue
-        state = table_state(table, None if since is None else since[name])
-        _write_state(folder, name, rank, state)
-    _sync_directory(folder)
+    states = ((name, table_state(table, None if since is None else since[name])) for name, table in tables.items())
+    write_shares(states, folder, rank)
     barrier(group, world_size)
     if rank == 0:
-        manifest = {
-            "format": FORMAT,
-            "data": folder.name,
-            "since": since,
-            "tables": {name: table_scalars(table) for name, table in tables.items()},
-        }
-        _replace_manifest(directory, manifest)
-        for old in directory.glob("data-*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        write_manifest({name: table_scalars(table) for name, table in tables.items()}, directory, folder.name, since)
     barrier(group, world_size)
+
+
+def write_shares(states: Iterable[tuple[str, dict[str, Any]]], folder: Path, rank: int) -> None:
+    """Write one rank's shares, `table_state`s by name, into a data folder. It becomes a save by `write_manifest`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, state in states:
+        # Unsharded tables are the same on every rank.
+        if state["scalars"]["world_size"] > 1 or rank == 0:
+            _write_state(folder, name, rank, state)
+    _sync_directory(folder)
+
+
+def write_manifest(
+    scalars: dict[str, dict[str, Any]], directory: Path, data: str, since: dict[str, int] | None = None
+) -> None:
+    """Make the data folder that all ranks have written the directory's save. One rank calls it.
+
+    Args:
+        scalars: `table_scalars` by name.
+        directory: Of the save.
+        data: Name of the data folder in it; others are removed.
+        since: Of an increment, the steps that it extends.
+    """
+    _replace_manifest(directory, {"format": FORMAT, "data": data, "since": since, "tables": scalars})
+    for old in directory.glob("data-*"):
+        if old.name != data:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_state(folder: Path, name: str, rank: int, state: dict[str, Any]) -> None:
@@ -262,6 +275,20 @@ def _merge(table: HkvTable, state: dict[str, Any], scalars: dict[str, Any]) -> N
     restore_counters(table, state["counters"])
 
 
+def read_tables(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """The whole tables of a save as `table_state`s by name, as an unsharded collection's state_dict holds them.
+
+    Raises:
+        FileNotFoundError: The directory holds no finished save.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    return {
+        name: {**_read_shares(directory / manifest["data"], name, scalars, 1, 0), "scalars": scalars}
+        for name, scalars in manifest["tables"].items()
+    }
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
@@ -282,10 +309,14 @@ def _read_state(
     folder: Path, name: str, scalars: dict[str, Any], table: HkvTable, rank: int
 ) -> dict[str, Any]:  # fmt: skip
     """This rank's share of what all ranks saved."""
+    return _read_shares(folder, name, scalars, table.world_size, rank if table.world_size > 1 else 0)
+
+
+def _read_shares(folder: Path, name: str, scalars: dict[str, Any], world_size: int, rank: int) -> dict[str, Any]:
+    """What rank `rank` of `world_size` owns of what all ranks saved."""
     saved = int(scalars["world_size"])
-    rank = rank if table.world_size > 1 else 0
-    sources = [rank] if saved == table.world_size else range(saved)
-    parts = [_read_share(folder, name, source, scalars["dtype"], table.world_size, rank) for source in sources]
+    sources = [rank] if saved == world_size else range(saved)
+    parts = [_read_share(folder, name, source, scalars["dtype"], world_size, rank) for source in sources]
     offset = 0
     for part in parts:
         if "picked" in part:

@@ -13,6 +13,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from genrec.embedding.config import EmbeddingTableConfig
+from genrec.embedding.hkv.checkpoint import saved_separately
 from genrec.embedding.hkv.ops import hkv_find, hkv_lookup, hkv_pooled_find, hkv_pooled_lookup
 from genrec.embedding.hkv.optimizer import HkvFusedOptimizer
 from genrec.embedding.hkv.state import load_table_state, table_state
@@ -152,7 +153,12 @@ class DynamicCollection(nn.Module, FusedOptimizerModule):
         return self.group.metrics()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The whole content of the tables: a state_dict of this module loses nothing."""
+        """The whole content of the tables: a state_dict of this module loses nothing.
+
+        Inside `tables_saved_separately` a marker in its place.
+        """
+        if saved_separately():
+            return {"external": True, "tables": sorted(self.tables)}
         return {name: table_state(table) for name, table in self.tables.items()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -162,6 +168,8 @@ class DynamicCollection(nn.Module, FusedOptimizerModule):
             ValueError: The state lacks a table, is that of a sharded module, or doesn't fit.
         """
         if state.get("external"):
+            if saved_separately():
+                return
             raise ValueError(
                 "This state_dict is that of sharded tables, whose rows were saved beside it. Load them with "
                 "genrec.embedding.hkv.load_tables(module, directory), inside `with tables_saved_separately():`."

@@ -169,15 +169,15 @@ class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardin
         return iter(())
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The whole tables with one rank; with more a marker, where the rows are saved beside the state_dict.
+        """A marker where the rows are saved beside the state_dict; else, with one rank, the whole tables.
 
         Raises:
             RuntimeError: The state_dict would lose the rows.
         """
-        if self._pg.size() == 1:
-            return {name: table_state(table) for name, table in self.tables.items()}
         if saved_separately():
             return {"external": True, "tables": sorted(self.tables)}
+        if self._pg.size() == 1:
+            return {name: table_state(table) for name, table in self.tables.items()}
         raise RuntimeError(
             f"A state_dict would lose the rows of the sharded dynamic tables {sorted(self.tables)}: each rank holds a "
             "part of them. Save them with genrec.embedding.hkv.save_tables(module, directory), and take the "
