@@ -156,8 +156,8 @@ def fitting(name: str, saved: Mapping[str, Any], shape: Sequence[int], optimizer
     if wrong or set(state) - set(keeps) or any(needed and key not in state for key, needed in keeps.items()):
         raise ValueError(
             f"The optimizer state of '{name}' was saved as {describe(saved)}, but it is now trained by {kind}, which "
-            f"keeps {', '.join(keeps) or 'nothing'} of shape {form}. Use the optimizer that it was trained with, or load "
-            "the weights alone."
+            f"keeps {', '.join(keeps) or 'nothing'} of shape {form}. Use the optimizer that it was trained with, or "
+            "load the weights alone."
         )
     return state
 

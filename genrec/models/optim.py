@@ -136,7 +136,7 @@ class CombinedOptimizer(Optimizer):
 def _weights_by_group(optimizer: Optimizer) -> list[list[Tensor]]:
     groups = [list(group["params"]) for group in optimizer.param_groups]
     weights = list(getattr(optimizer, "params", {}).values())
-    # Dynamic tables have a group each, which an earlier CombinedOptimizer may have replaced by its own, without weights.
+    # Dynamic tables have a group each, which an earlier CombinedOptimizer may have replaced by its own, empty ones.
     return [[weight] for weight in weights] if not any(groups) and len(weights) == len(groups) else groups
 
 

@@ -87,7 +87,7 @@ def on_all(function: Callable[[], Result], group: dist.ProcessGroup | None) -> l
         raise outcome[1]
     if failed:
         raise RuntimeError(f"Rank {failed[0][0]} failed: {failed[0][1]}") from failed[0][1]
-    return [result for result, _ in outcomes]
+    return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"The checkpoint '{path}' is incomplete: '{part}' is missing.")
         if part.stat().st_size != size:
             raise ValueError(
-                f"The checkpoint '{path}' is damaged: '{part}' has {part.stat().st_size} bytes, it was saved with {size}."
+                f"The checkpoint '{path}' is damaged: '{part}' has {part.stat().st_size} bytes, saved were {size}."
             )
     return manifest
 

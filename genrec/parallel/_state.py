@@ -77,7 +77,7 @@ def model_state(module: nn.Module, shards: Shards) -> tuple[dict[str, Any], list
         key = f"model.{name}"
         if isinstance(value, ShardedTensor):
             pieces += [
-                Piece(key, shard.tensor, tuple(shard.metadata.shard_offsets), tuple(value.size()))
+                Piece(key, shard.tensor, tuple(shard.metadata.shard_offsets), tuple(value.metadata().size))
                 for shard in value.local_shards()
             ]
         elif type(value) is Tensor or type(value) is nn.Parameter:
@@ -180,7 +180,7 @@ def plain_parameters(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iter
                 if id(parameter) not in names:
                     raise ValueError(
                         f"{type(optimizer).__name__} trains a parameter of shape {tuple(parameter.shape)} that the "
-                        "module doesn't have, so that its state has no name. Make the optimizer after the model is final."
+                        "module doesn't have: its state has no name. Make the optimizer once the model is final."
                     )
                 yield names[id(parameter)], parameter, optimizer
 
@@ -201,7 +201,7 @@ def optimizer_pieces(module: nn.Module, optimizers: Sequence[Optimizer], shards:
 
 
 def _fused_pieces(table: FusedTable, quantity: str) -> list[Piece]:
-    key, (rows, dim), pieces = f"optimizer.{table.name}.{quantity}", table.weight.size(), []
+    key, (rows, dim), pieces = f"optimizer.{table.name}.{quantity}", table.weight.metadata().size, []
     columns = len(table.columns)
     for tensor, (row, column), number in table.parts(quantity):
         if quantity == "iter":
@@ -413,7 +413,7 @@ def _read_fused_quantity(reads: Reads, table: FusedTable, quantity: str, saved: 
     pieces = _fused_pieces(table, quantity)
     if not pieces:
         return
-    key, rows = f"optimizer.{table.name}.{quantity}", table.weight.size()[0]
+    key, rows = f"optimizer.{table.name}.{quantity}", table.weight.metadata().size[0]
     by_columns = quantity + BY_COLUMNS in saved
     same_columns = by_columns and source.columns(table.name) == table.columns
     if pieces[0].key in source.sizes and source.sizes[pieces[0].key] == pieces[0].size and (
@@ -434,8 +434,8 @@ def _read_fused_quantity(reads: Reads, table: FusedTable, quantity: str, saved: 
     if len(table.columns) > 1:
         warnings.warn(
             f"Table '{table.name}' is now cut into {len(table.columns)} column shards, each of which keeps a row-wise "
-            f"'{quantity}' of its own; the checkpoint has it for whole rows or other shards. Each shard starts from the "
-            "mean of the whole row: training goes on, but not exactly as before.",
+            f"'{quantity}' of its own; the checkpoint has it for whole rows or other shards. Each shard starts from "
+            "the mean of the whole row: training goes on, but not exactly as before.",
             stacklevel=2,
         )
 
@@ -443,7 +443,7 @@ def _read_fused_quantity(reads: Reads, table: FusedTable, quantity: str, saved: 
 def _read_row_means(
     reads: Reads, table: FusedTable, quantity: str, tensor: Tensor, row: int, by_columns: bool
 ) -> None:  # fmt: skip
-    key, rows = f"optimizer.{table.name}.{quantity}", table.weight.size()[0]
+    key, rows = f"optimizer.{table.name}.{quantity}", table.weight.metadata().size[0]
     if not by_columns:
         whole = torch.zeros_like(tensor)
         reads.pieces.append(Piece(key, whole, (row,), (rows,)))

@@ -306,6 +306,8 @@ def load(
     safe = weights_only is not False
     chosen, manifest = on_first(lambda: _folders.find(Path(_local(path)), fallback), group)
     shards = _shards(shard_dims)
+    from genrec.embedding.hkv.checkpoint import find_tables, load_tables
+
     source: Any = None
 
     def plan() -> None:
@@ -368,7 +370,7 @@ def _local(path: str | os.PathLike[str]) -> str:
 
 def rng_state() -> dict[str, Any]:
     """States of the random number generators of this process (Python, NumPy, torch, its GPU), as plain data."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
@@ -390,7 +392,7 @@ def restore_rng(checkpoint: Mapping[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
