@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -28,6 +27,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardedModule, ShardingEnv
 from typing_extensions import override
 
+from genrec.parallel import checkpoint as checkpoints
 from genrec.parallel import megatron
 from genrec.parallel.loaders import EvaluationLoader, TrainingLoader
 from genrec.parallel.planner import TablesPlan, plan_tables, sharders
@@ -386,25 +386,27 @@ class HybridParallelStrategy(ParallelStrategy):
         """A folder, as `genrec.parallel.checkpoint.save` writes it; all ranks together."""
         if storage_options is not None:
             raise TypeError("HybridParallelStrategy writes folders of its own and takes no storage_options.")
-        module = self.lightning_module
-        checkpointing = _checkpointing()
-        checkpoint = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
-        path = Path(self.broadcast(str(filepath)))
-        checkpointing.save(
-            path, checkpoint, module, self.optimizers, shard_dims=self._shard_dims(), async_save=self.async_save
-        )
+        assert self.lightning_module is not None
+        # ModelCheckpoint(save_weights_only=True) leaves the optimizers out.
+        optimizers = self.optimizers if "optimizer_states" in checkpoint else []
+        checkpoints.save(
+            self.broadcast(str(filepath)), checkpoint, self.lightning_module, optimizers,
+            shard_dims=self._shard_dims(), async_save=self.async_save,
+        )  # fmt: skip
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(str(checkpoint_path)))
-        return _checkpointing().load(
-            path, self.lightning_module, self.optimizers, shard_dims=self._shard_dims(), weights_only=weights_only
-        )
+        module = self.lightning_module
+        assert module is not None
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        return checkpoints.load(
+            self.broadcast(str(checkpoint_path)), module, self.optimizers if fitting else [],
+            shard_dims=self._shard_dims(), weights_only=weights_only, fallback=fitting, strict=module.strict_loading,
+        )  # fmt: skip
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(filepath)
+        checkpoints.remove(filepath)
 
     def _shard_dims(self) -> dict[str, int]:
         if self.tensor_parallel_size == 1:
@@ -417,6 +419,7 @@ class HybridParallelStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         # The module stays where it is: the tables of a sharded one have no other place.
+        checkpoints.wait()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -432,13 +435,3 @@ def _sharded_names(module: nn.Module) -> set[str]:
             prefix = f"{path}." if path else ""
             names |= {prefix + name for name, _ in [*child.named_parameters(), *child.named_buffers()]}
     return names
-
-
-def _checkpointing() -> Any:
-    try:
-        from genrec.parallel import checkpoint
-    except ImportError as error:
-        raise NotImplementedError(
-            "HybridParallelStrategy can't write checkpoints yet: set Trainer(enable_checkpointing=False)."
-        ) from error
-    return checkpoint
