@@ -32,6 +32,7 @@ from genrec.data.synthetic import Synthetic
 from genrec.embedding.hkv.checkpoint import find_tables
 from genrec.embedding.hkv.sharding import table_bytes
 from genrec.embedding.hkv.state import mix_keys
+from genrec.environment import headline
 from genrec.models import HSTURanking
 from genrec.recipes._data import task_arguments
 
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=None)
     arguments = parser.parse_args()
     start = time.time()
+    print(headline())
     runs = [run(argparse.Namespace(**vars(arguments), seed=seed)) for seed in arguments.seeds]
     curves = {name: np.mean([one[name] for one in runs], axis=0) for name in runs[0]}
     third = max(1, arguments.days // 3)

@@ -4,7 +4,7 @@
 
 Rows: 1 M (--rows). Ids: Zipf 1.05 over them, scattered over int64 for those that take any key. Training step: lookup
 (one row for each id), backward with a given gradient, Adagrad update, all through autograd. Contenders take turns batch
-by batch; the median is reported.
+by batch; medians and 10th to 90th percentiles are reported.
 
 * hkv: this library's engine.
 * fbgemm: FBGEMM's CPU tables (static ids, no hash), EXACT_ADAGRAD.
@@ -34,6 +34,7 @@ from genrec.embedding.config import EmbeddingTableConfig, TableOptimizerConfig
 from genrec.embedding.hkv import HkvTable, _binding
 from genrec.embedding.hkv.collection import TableGroup
 from genrec.embedding.hkv.state import mix_keys
+from genrec.environment import headline
 
 RATE = 0.01
 
@@ -195,8 +196,9 @@ def zipf_batches(rows: int, size: int, count: int, exponent: float) -> list[Tens
     ]  # fmt: skip
 
 
-def measure(actions: dict[str, Callable[[int], None]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each action; they take turns, so that all see the same machine."""
+def measure(actions: dict[str, Callable[[int], None]], repeats: int) -> dict[str, np.ndarray]:
+    """10th, 50th and 90th percentile of each action's milliseconds; they take turns, so that all see the same
+    machine."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for repeat in range(repeats + 2):
         for name, action in actions.items():
@@ -204,7 +206,7 @@ def measure(actions: dict[str, Callable[[int], None]], repeats: int) -> dict[str
             action(repeat)
             if repeat >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return {name: np.percentile(values, [10, 50, 90]) for name, values in times.items()}
 
 
 def _one_batch(function: Callable[..., None], ids: list[Tensor], keys: list[Tensor], extra: tuple, i: int) -> None:
@@ -219,15 +221,19 @@ def run(rows: int, dim: int, size: int, repeats: int, exponent: float, names: li
     unique = int(np.mean([ids.unique().numel() for ids in batches]))
     contenders = [kind(rows, dim) for kind in CONTENDERS if kind.name in names]
     print(f"\ndim {dim}: {size:,} ids a batch, {unique:,} of them different, {rows:,} rows")
-    print(f"{'':16}" + "".join(f"{c.name:>12}" for c in contenders) + "   hkv is faster than")
+    print(f"{'median (p10-p90) ms':20}" + "".join(f"{c.name:>22}" for c in contenders) + "   hkv is faster than")
     for operation in ("find", "find_or_insert", "step"):
         able = [c for c in contenders if hasattr(c, operation)]
         extra = (gradient,) if operation == "step" else ()
         actions = {c.name: partial(_one_batch, getattr(c, operation), batches, keys, extra) for c in able}
         times = measure(actions, repeats)
-        cells = "".join(f"{times[c.name]:9.2f} ms" if c.name in times else f"{'-':>12}" for c in contenders)
-        ratios = ", ".join(f"{name} {value / times['hkv']:.1f}x" for name, value in times.items() if name != "hkv")
-        print(f"{operation:16}{cells}   {ratios}")
+        cells = "".join(f"{_cell(times.get(c.name)):>22}" for c in contenders)
+        others = {name: value[1] / times["hkv"][1] for name, value in times.items() if name != "hkv" and "hkv" in times}
+        print(f"{operation:20}{cells}   {', '.join(f'{name} {ratio:.1f}x' for name, ratio in others.items())}")
+
+
+def _cell(times: np.ndarray | None) -> str:
+    return "-" if times is None else f"{times[1]:.2f} ({times[0]:.1f}-{times[2]:.1f})"
 
 
 def main() -> None:
@@ -243,7 +249,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     isa = _binding.library().genrec_hkv_isa().decode()
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    print(f"threads {arguments.threads}, instruction set {isa}, torch {torch.__version__}, load average {load}")
+    print(f"{headline()}\nthreads {arguments.threads}, instruction set {isa}, load average {load}")
     for dim in arguments.dims:
         run(arguments.rows, dim, arguments.size, arguments.repeats, arguments.zipf, arguments.only)
 

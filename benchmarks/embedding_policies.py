@@ -17,6 +17,7 @@ import torch
 
 from genrec.embedding.config import EmbeddingTableConfig, TableOptimizerConfig
 from genrec.embedding.hkv import HkvTable
+from genrec.environment import headline
 
 
 def drifting_zipf(batches: int, size: int, items: int, exponent: float, drift: float, seed: int) -> np.ndarray:
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--items", type=int, default=65_536)
     arguments = parser.parse_args()
+    print(headline())
     print("policy  capacity  exponent  drift  exact   1 choice  2 choices")
     for exponent in (0.8, 1.05, 1.2):
         for share in (0.1, 0.5):

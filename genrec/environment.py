@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
+from datetime import date
 from functools import lru_cache
 from importlib import metadata, util
 from typing import Any
@@ -175,10 +176,28 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": packages,
         "platform": platform.platform(),
+        "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": gpus,
     }
+
+
+def headline() -> str:
+    """Date, hardware and versions in one line, for the head of a benchmark's output."""
+    found = describe()
+    where = ", ".join(found["gpus"]) or f"{found['cpu']}, {found['cpu_threads']} threads"
+    versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    return f"{date.today()}; {where}; genrec {found['genrec']}, python {found['python']}, {versions}"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> int:

@@ -2,12 +2,21 @@
 
 import subprocess
 import sys
+from datetime import date
 from importlib import metadata
 
 import pytest
 
 from genrec import environment
-from genrec.environment import check_environment, find_problems, installed_versions, main, require_torchrec
+from genrec.environment import (
+    check_environment,
+    describe,
+    find_problems,
+    headline,
+    installed_versions,
+    main,
+    require_torchrec,
+)
 
 GOOD = {
     "torch": "2.13.0+cpu",
@@ -118,6 +127,13 @@ def test_the_command_needs_no_heavy_import():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "The packages fit together." in result.stdout
+
+
+def test_headline_names_date_hardware_and_versions():
+    line = headline()
+    assert line.startswith(f"{date.today()}; ")
+    assert f"torch {installed_versions()['torch']}" in line
+    assert describe()["gpus"] or describe()["cpu"] in line
 
 
 def test_models_check_before_torchrec_is_imported():
