@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import multiprocessing
-import os
-import socket
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,61 +27,10 @@ from genrec.embedding.hkv import (
 )
 from genrec.embedding.hkv.checkpoint import find_tables
 from genrec.embedding.hkv.state import export_meta, table_state
+from tests.distributed.ranks import run_ranks
 
 FEATURES = ["a", "b", "c"]
 BATCH = 12
-
-
-# Processes ------------------------------------------------------------------------------------------------------------
-
-
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """`function(rank, world_size, *arguments)` in each of so many gloo processes; their results by rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrec.distributed.model_parallel", "genrec.embedding.hkv.sharding"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_rank_main, args=(queue, function, rank, world_size, port, arguments))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    results: dict[int, Any] = {}
-    try:
-        for _ in processes:
-            rank, result, error = queue.get(timeout=300)
-            if error is not None:
-                raise AssertionError(f"rank {rank}: {error}")
-            results[rank] = torch.load(io.BytesIO(result), weights_only=False)
-    finally:
-        for process in processes:
-            process.join(timeout=30)
-            if process.is_alive():
-                process.terminate()
-    return [results[rank] for rank in range(world_size)]
-
-
-def _rank_main(queue: Any, function: Any, rank: int, world_size: int, port: int, arguments: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
-    )  # fmt: skip
-    try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
-        # As bytes: tensors would travel through files that go with this process.
-        result = io.BytesIO()
-        torch.save(function(rank, world_size, *arguments), result)
-        queue.put((rank, result.getvalue(), None))
-    except BaseException as error:
-        import traceback
-
-        queue.put((rank, None, f"{error}\n{traceback.format_exc()}"))
-    finally:
-        dist.destroy_process_group()
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -210,6 +155,10 @@ def _train_and_save(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     step = find_tables(model)["ab"].step
     losses += train(model, rank, world_size, 3, 2)
     dump_increment(model, f"{folder}/more{world_size}", since_step=step)
+    # The ranks' clocks may differ: the increment begins at the least step of all.
+    table_ab = find_tables(model)["ab"]
+    table_ab._clock = [(0.0, 1), (100.0 + rank, 4)]
+    dump_increment(model, f"{folder}/time{world_size}", since_time=100.0)
     errors = []
     try:
         model.state_dict()
@@ -223,6 +172,7 @@ def _train_and_save(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         "end": contents(model),
         "errors": errors,
         "metrics": model.module.tables.metrics(),
+        "since": json.loads(Path(f"{folder}/time{world_size}/manifest.json").read_text())["since"]["ab"],
     }
 
 
@@ -308,11 +258,49 @@ def test_a_state_dict_that_would_lose_rows_is_an_error(runs):
         assert "save_tables" in message
 
 
+def test_an_increment_since_a_time_begins_where_the_slowest_clock_says(runs):
+    _, results = runs
+    assert [results[world][0]["since"] for world in (1, 2, 3, 4)] == [3, 0, 0, 0]
+
+
 def test_keys_spread_evenly_and_metrics_count_shares(runs):
     _, results = runs
     sizes = [result["metrics"]["ab/size"] for result in results[2]]
     assert sum(sizes) == len(merged([result["end"] for result in results[2]], "ab"))
     assert min(sizes) > 0.3 * sum(sizes)
+
+
+def _weighted(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    def build() -> DynamicEmbeddingBagCollection:
+        configs = [table("bag_a", 8, ["a"], "sgd"), table("bag_bc", 4, ["b", "c"], "sgd")]
+        return DynamicEmbeddingBagCollection(configs, seed=3, is_weighted=True)
+
+    def weighted_batch(ranks: int) -> KeyedJaggedTensor:
+        made = local_batch(0, rank if ranks > 1 else 0, ranks)
+        weights = torch.sin(made.values().float())  # any function of the key
+        return KeyedJaggedTensor(FEATURES, made.values(), weights, lengths=made.lengths())
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bags = build()
+
+        def forward(self, features: KeyedJaggedTensor) -> Tensor:
+            return self.bags(features).values()
+
+    wrapped, alone = sharded(Holder(), world_size), build()
+    alone.replicas_agree = True
+    for _ in range(2):
+        mine, whole = wrapped(weighted_batch(world_size)), alone(weighted_batch(1)).values()
+        # TorchRec divides the gradients of sharded tables by the number of ranks.
+        (mine.square().sum() * world_size).backward()
+        whole.square().sum().backward()
+    return mine.detach(), whole[rank * BATCH // world_size : (rank + 1) * BATCH // world_size].detach()
+
+
+def test_weighted_bags_equal_those_of_one_process():
+    for mine, whole in run_ranks(_weighted, 3):
+        torch.testing.assert_close(mine, whole, rtol=1e-6, atol=1e-6)
 
 
 def _pipelined(rank: int, world_size: int) -> tuple[list[float], list[float], list[float]]:

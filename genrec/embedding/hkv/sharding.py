@@ -1,19 +1,20 @@
 """Dynamic tables in TorchRec's DistributedModelParallel: row-wise, each key on the rank that `owner_rank` names.
 
-Input and output distributions are TorchRec's own. Keys are mixed before FBGEMM's bucketize op, which then takes the
-remainder of the unsigned number, and turned back after the exchange.
+How keys and rows travel: exchange.py. What the planner sees: planning.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
+from torchrec.distributed.embedding_sharding import (
+    EmbeddingShardingContext,
+    KJTListSplitsAwaitable,
+)
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingDist
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist, RwSparseFeaturesDist
@@ -28,7 +29,6 @@ from torchrec.distributed.types import (
 from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
-from torchrec.streamable import Multistreamable
 
 from genrec.embedding.config import EmbeddingTableConfig
 from genrec.embedding.hkv.checkpoint import saved_separately
@@ -39,6 +39,13 @@ from genrec.embedding.hkv.collection import (
     TableGroup,
     split_features,
 )
+from genrec.embedding.hkv.exchange import (
+    DynamicShardingContext,
+    KeyDist,
+    PooledAwaitable,
+    SequenceAwaitable,
+    select_features,
+)
 from genrec.embedding.hkv.planning import (
     TableBytes,
     add_dynamic_tables,
@@ -48,12 +55,13 @@ from genrec.embedding.hkv.planning import (
     reserve_bytes,
     table_bytes,
 )
-from genrec.embedding.hkv.state import insert_state, load_table_state, mix_keys, owner_rank, table_state
+from genrec.embedding.hkv.state import insert_state, load_table_state, owner_rank, table_state
 
 __all__ = [
     "DynamicEmbeddingBagCollectionSharder",
     "DynamicEmbeddingCollectionSharder",
     "DynamicShardingContext",
+    "KeyDist",
     "ShardedDynamicEmbeddingBagCollection",
     "ShardedDynamicEmbeddingCollection",
     "TableBytes",
@@ -65,21 +73,6 @@ __all__ = [
     "reserve_bytes",
     "table_bytes",
 ]
-
-
-@dataclass
-class DynamicShardingContext(Multistreamable):
-    """What a batch's way back needs: one TorchRec context for each exchange, and the keys of this rank's own batch."""
-
-    sharding_contexts: list[Any] = field(default_factory=list)
-    features: list[KeyedJaggedTensor] = field(default_factory=list)
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that `stream` uses the tensors."""
-        for context in self.sharding_contexts:
-            context.record_stream(stream)
-        for features in self.features:
-            features.record_stream(stream)
 
 
 class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardingContext], FusedOptimizerModule):
@@ -154,14 +147,10 @@ class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardin
         awaitables = []
         with torch.no_grad():
             for names, input_dist in zip(self._features, self._input_dists, strict=True):
-                own = _select(features, names)
-                mixed = KeyedJaggedTensor(
-                    own.keys(), mix_keys(own.values()), own.weights_or_none(), lengths=own.lengths(),
-                    stride=own.stride(),
-                )  # fmt: skip
-                awaitables.append(input_dist(mixed))
+                own = select_features(features, names)
+                awaitables.append(input_dist(own))
                 ctx.features.append(own)
-                ctx.sharding_contexts.append(self._context(mixed, input_dist))
+                ctx.sharding_contexts.append(self._context(own, input_dist))
         return KJTListSplitsAwaitable(awaitables, ctx)
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
@@ -210,7 +199,7 @@ class _Sharded(ShardedEmbeddingModule[KJTList, list[Tensor], Any, DynamicShardin
         """The features of a table as they came from all ranks, and their keys."""
         parts = split_features(dist_input, config.feature_names)
         values = [part.values() for part in parts]
-        return parts, mix_keys(values[0] if len(values) == 1 else torch.cat(values), inverse=True)
+        return parts, values[0] if len(values) == 1 else torch.cat(values)
 
 
 class ShardedDynamicEmbeddingCollection(_Sharded):
@@ -227,7 +216,7 @@ class ShardedDynamicEmbeddingCollection(_Sharded):
         return list(by_dim.values())
 
     def _input_dist_module(self, num_features: int) -> RwSparseFeaturesDist:
-        return _features_dist(self._pg, num_features, is_sequence=True)
+        return KeyDist(self._pg, num_features, is_sequence=True)
 
     def _context(self, features: KeyedJaggedTensor, input_dist: RwSparseFeaturesDist) -> SequenceShardingContext:
         return SequenceShardingContext(
@@ -252,7 +241,7 @@ class ShardedDynamicEmbeddingCollection(_Sharded):
             output_dist(rows, context)
             for output_dist, rows, context in zip(self._output_dists, output, ctx.sharding_contexts, strict=True)
         ]
-        return _SequenceAwaitable(awaitables, ctx.features)
+        return SequenceAwaitable(awaitables, ctx.features)
 
     @property
     def unsharded_module_type(self) -> type[nn.Module]:
@@ -273,7 +262,7 @@ class ShardedDynamicEmbeddingBagCollection(_Sharded):
         return [self._configs]
 
     def _input_dist_module(self, num_features: int) -> RwSparseFeaturesDist:
-        return _features_dist(self._pg, num_features, is_sequence=False)
+        return KeyDist(self._pg, num_features, is_sequence=False)
 
     def _context(self, features: KeyedJaggedTensor, input_dist: RwSparseFeaturesDist) -> EmbeddingShardingContext:
         return EmbeddingShardingContext()
@@ -294,62 +283,12 @@ class ShardedDynamicEmbeddingBagCollection(_Sharded):
         """Add the ranks' sums, each rank's bags to where they came from."""
         awaitable = self._output_dists[0](output[0], ctx.sharding_contexts[0])
         pooling = [self._pooling[config.name] for config in self._configs for _ in config.feature_names]
-        return _PooledAwaitable(awaitable, ctx.features[0], self._dims, pooling)
+        return PooledAwaitable(awaitable, ctx.features[0], self._dims, pooling)
 
     @property
     def unsharded_module_type(self) -> type[nn.Module]:
         """DynamicEmbeddingBagCollection."""
         return DynamicEmbeddingBagCollection
-
-
-class _SequenceAwaitable(LazyAwaitable[dict[str, JaggedTensor]]):
-    def __init__(self, rows: list[Awaitable[Tensor]], features: list[KeyedJaggedTensor]) -> None:
-        super().__init__()
-        self._rows, self._features = rows, features
-
-    def _wait_impl(self) -> dict[str, JaggedTensor]:
-        out: dict[str, JaggedTensor] = {}
-        for awaitable, features in zip(self._rows, self._features, strict=True):
-            sizes = features.length_per_key()
-            for name, values in zip(features.keys(), awaitable.wait().split(sizes), strict=True):
-                out[name] = JaggedTensor(values, lengths=features[name].lengths())
-        return out
-
-
-class _PooledAwaitable(LazyAwaitable[KeyedTensor]):
-    def __init__(
-        self, values: Awaitable[Tensor], features: KeyedJaggedTensor, dims: list[int], pooling: Sequence[str]
-    ) -> None:
-        super().__init__()
-        self._values, self._features, self._dims, self._pooling = values, features, dims, pooling
-
-    def _wait_impl(self) -> KeyedTensor:
-        values = self._values.wait()
-        if "mean" in self._pooling:
-            lengths = self._features.lengths().view(len(self._dims), -1).clamp(min=1)
-            columns = [
-                part / count.unsqueeze(1) if pooling == "mean" else part
-                for part, count, pooling in zip(values.split(self._dims, 1), lengths, self._pooling, strict=True)
-            ]
-            values = torch.cat(columns, dim=1)
-        return KeyedTensor(self._features.keys(), self._dims, values)
-
-
-def _features_dist(pg: dist.ProcessGroup, num_features: int, is_sequence: bool) -> RwSparseFeaturesDist:
-    # Hash size 0 makes FBGEMM's op take the remainder of the unsigned key by the number of ranks.
-    return RwSparseFeaturesDist(
-        pg, num_features, [0] * num_features, is_sequence=is_sequence, keep_original_indices=True
-    )  # fmt: skip
-
-
-def _select(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
-    present = features.keys()
-    if present == names:
-        return features
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise KeyError(f"Dynamic tables look up the features {missing}, but the batch has {present}.")
-    return features.permute([present.index(name) for name in names])
 
 
 # Sharders ---------------------------------------------------------------------------------------------------
