@@ -34,7 +34,8 @@ a, u = x.view(rows, heads, dim), y.view(rows, heads, -1)[..., :dim]
 for projection in (y, None):
     merge_uvqk(a, a, a, a, projection)
 seed = torch.zeros(1, dtype=torch.int64)
-for concat, weight, groups, p in ((False, None, 1, 0.0), (False, None, 1, 0.2), (True, column, 1, 0.2), (True, group, heads, 0.2)):
+cases = [(False, None, 1, 0.0), (False, None, 1, 0.2), (True, column, 1, 0.2), (True, group, heads, 0.2)]
+for concat, weight, groups, p in cases:
     y, mean, rstd = gated_product(a, u, None, weight, weight, seed, groups, 1e-6, p, concat, True, dtype)
     gated_product_backward(y, a, u, None, weight, weight, seed, mean, rstd, p, concat, True)
 y, mean, rstd = gated_product(a, u, x, None, None, seed, 1, 0.0, 0.2, True, True, dtype)
