@@ -23,7 +23,7 @@ def commands(prefix):
     return sorted({line.partition("#")[0].strip() for line in lines if line.startswith(prefix)})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/data.md"])
 def test_python_examples(page, tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GENREC_CACHE", str(cache))
