@@ -137,8 +137,8 @@ class HSTURanking(RankingModel):
     Args:
         num_items: V.
         tasks: As in `RankingModel`.
-        num_layers, num_heads, qk_dim, v_dim, form, dropout, attention_dropout, window, attention_backend,
-        layer_backend, layer_recompute, recompute: As in `HSTUConfig`.
+        num_layers, num_heads, qk_dim, v_dim, form, dropout, attention_dropout, window: As in `HSTUConfig`.
+        attention_backend, layer_backend, layer_recompute, recompute: As in `HSTUConfig`.
         relative_bias: As in `HSTUConfig`; None: "time" in the paper's form, "none" in production's. A position bias
             would make a candidate's score depend on its place among the candidates.
         hstu_options: Any other field of `HSTUConfig`, by name.

@@ -318,8 +318,8 @@ class HSTURetrieval(RetrievalModel):
 
     Args:
         num_items: V.
-        num_layers, num_heads, qk_dim, v_dim, form, relative_bias, dropout, attention_dropout, window,
-        attention_backend, layer_backend, layer_recompute, recompute: As in `HSTUConfig`.
+        num_layers, num_heads, qk_dim, v_dim, form, relative_bias, dropout, attention_dropout: As in `HSTUConfig`.
+        window, attention_backend, layer_backend, layer_recompute, recompute: As in `HSTUConfig`.
         hstu_options: Any other field of `HSTUConfig`, by name.
         options: As in `RetrievalModel`.
 
