@@ -34,13 +34,17 @@ class StepSeed(L.Callback):
         self.seed = seed
         self.batches = 0
 
-    def reseed(self, trainer: L.Trainer) -> None:
-        """Seed torch for the batch that comes next."""
+    def seed_of(self, trainer: L.Trainer, batch: int) -> int:
+        """The seed of a training batch, counted over the whole run from 0; for what prepares batches ahead of time."""
         # Ranks that share a batch, those of a tensor-parallel group, draw alike.
         rank = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
-        mixed = (self.seed * _MIX + self.batches) & _MASK
+        mixed = (self.seed * _MIX + batch) & _MASK
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 + rank * _MIX) & _MASK
-        torch.manual_seed((mixed ^ (mixed >> 27)) >> 1)
+        return (mixed ^ (mixed >> 27)) >> 1
+
+    def reseed(self, trainer: L.Trainer) -> None:
+        """Seed torch for the batch that comes next."""
+        torch.manual_seed(self.seed_of(trainer, self.batches))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first batch, also of a resumed run."""

@@ -47,9 +47,11 @@ class Collator:
     seen: bool = False
     stochastic_length: StochasticLength | None = None
 
-    def __call__(self, cases: Cases, rng: np.random.Generator | None = None) -> SequenceBatch:
-        """The batch of some cases; `rng` draws for `stochastic_length`."""
-        rows, lengths, first_label = self._rows(cases, rng)
+    def __call__(
+        self, cases: Cases, rng: np.random.Generator | None = None, place: tuple[int, int] = (0, 1)
+    ) -> SequenceBatch:
+        """The batch of some cases; `rng` and `place` are for `stochastic_length`."""
+        rows, lengths, first_label = self._rows(cases, rng, place)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         labelled = np.arange(len(rows)) - np.repeat(offsets[:-1], lengths) >= np.repeat(first_label, lengths)
         features, counts = self._features(cases, rows, lengths)
@@ -70,10 +72,12 @@ class Collator:
             user_ids=torch.from_numpy(self.store.user_keys[cases.user]),
         )
 
-    def _rows(self, cases: Cases, rng: np.random.Generator | None) -> tuple[NDArray, NDArray, NDArray]:
+    def _rows(
+        self, cases: Cases, rng: np.random.Generator | None, place: tuple[int, int]
+    ) -> tuple[NDArray, NDArray, NDArray]:
         """Rows that are read, how many of each case, and the place of the first labelled one in it."""
         if self.stochastic_length is not None and rng is not None:
-            return self.stochastic_length.rows(cases, self.kind == "ranking", self.store.timestamp, rng)
+            return self.stochastic_length.rows(cases, self.kind == "ranking", self.store.timestamp, rng, place)
         return _ranges(cases.start, cases.lengths), cases.lengths, cases.first_label - cases.start
 
     def _features(self, cases: Cases, rows: NDArray, lengths: NDArray) -> tuple[dict, dict]:

@@ -53,6 +53,11 @@ class BatchPlan:
             raise ValueError(f"token_budget is {self.token_budget}, the longest case has {longest} rows.")
         self._built: tuple[int, list[NDArray[np.int64]]] | None = None
 
+    @property
+    def global_batch(self) -> int | None:
+        """Cases of a batch over all ranks; None where that depends on the number of ranks."""
+        return self.batch_size * self.world_size if self.token_budget is None else None
+
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose order is used; Lightning calls it."""
         self.epoch = epoch
@@ -154,23 +159,25 @@ class SequenceLoader:
             "position": self.position,
             "batches": len(self),
             "world_size": self.sampler.world_size,
+            "global_batch": self.sampler.global_batch,
+            "cases": len(self.cases),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. A finished epoch starts anew.
 
+        The number of data-parallel ranks may differ where the global batch is the same: the batches left are the same
+        ones, but for up to as many cases as there are ranks at the end of an epoch (see `BatchPlan`).
+
         Raises:
-            ValueError: In mid-epoch, another number of ranks or of batches: the batches left are not the same ones.
+            ValueError: In mid-epoch, the batches left are not the same ones.
         """
         self.sampler.set_epoch(state["epoch"])
         batches = state.get("batches", len(self))
         mid_epoch = 0 < state["position"] < batches
         if mid_epoch and state["world_size"] != self.sampler.world_size:
-            raise ValueError(
-                f"The position in the epoch was saved with {state['world_size']} ranks, now there are "
-                f"{self.sampler.world_size}. Resume from a checkpoint at the end of an epoch, or with as many ranks."
-            )
-        if mid_epoch and batches != len(self):
+            self._check_other_ranks(state)
+        elif mid_epoch and batches != len(self):
             raise ValueError(
                 f"The position in the epoch was saved with {batches} batches in it, now there are {len(self)}. Resume "
                 "with the same data and batch size, or from a checkpoint at the end of an epoch."
@@ -178,10 +185,32 @@ class SequenceLoader:
         self.position = state["position"] if mid_epoch else 0
         self._resume = mid_epoch
 
+    def _check_other_ranks(self, state: dict[str, Any]) -> None:
+        plan, saved = self.sampler, state.get("global_batch")
+        trouble = (
+            f"The position in the epoch was saved with {state['world_size']} ranks, now there are {plan.world_size}"
+        )
+        end = "or resume from a checkpoint at the end of an epoch."
+        if saved is None or plan.global_batch is None:
+            raise ValueError(f"{trouble}, and its batches depend on that. Resume with as many ranks, {end}")
+        if saved != plan.global_batch:
+            cure = (
+                f"set data.batch_size={saved // plan.world_size}" if saved % plan.world_size == 0 else "use other ranks"
+            )
+            raise ValueError(
+                f"{trouble}, and a global batch has {plan.global_batch} cases instead of {saved}: {cure}, {end}"
+            )
+        if state["cases"] != len(self.cases) or state["position"] >= len(self):
+            raise ValueError(
+                f"{trouble}, with {state['cases']} cases an epoch instead of {len(self.cases)}. Resume with the same "
+                f"data, {end}"
+            )
+
 
 @dataclass
 class _Make:
-    """(number, indices) -> batch; draws are a function of seed, epoch, number and rank, whatever process makes it."""
+    """(number, indices) -> batch; draws are a function of seed, epoch, number and the case's place in the global batch,
+    whatever process or rank makes it."""
 
     cases: Cases
     collator: Collator
@@ -191,5 +220,5 @@ class _Make:
 
     def __call__(self, item: tuple[int, NDArray]) -> SequenceBatch:
         number, index = item
-        rng = np.random.default_rng([*self.seed, number * self.world_size + self.rank])
-        return self.collator(self.cases.take(index), rng)
+        rng = np.random.default_rng([*self.seed, number])
+        return self.collator(self.cases.take(index), rng, (self.rank, self.world_size))

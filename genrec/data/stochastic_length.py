@@ -47,7 +47,12 @@ class StochasticLength:
         return np.where(long, chance.clip(min=0.0), 0.0)
 
     def rows(
-        self, cases: Cases, ranking: bool, times: NDArray | None, rng: np.random.Generator
+        self,
+        cases: Cases,
+        ranking: bool,
+        times: NDArray | None,
+        rng: np.random.Generator,
+        place: tuple[int, int] = (0, 1),
     ) -> tuple[NDArray, NDArray, NDArray]:
         """Rows that are read, how many of each case, and the place of the first labelled one in it.
 
@@ -56,10 +61,16 @@ class StochasticLength:
             ranking: Candidates (rows from `first_label` on) always stay. In retrieval labels are thinned out with
                 their rows.
             times: (E,) times of the store's rows, or None.
-            rng: Draws.
+            rng: Draws, for the whole global batch.
+            place: (rank, number of ranks): the cases are every so many-th of the global batch, from the rank-th on. A
+                case's draws are the same however many ranks there are.
         """
+        (rank, ranks), count = place, len(cases)
+        chances = rng.random(count * ranks)[rank::ranks]
+        # From another stream: the last batch of an epoch may be a few cases shorter with other ranks.
+        seeds = rng.spawn(1)[0].integers(2**63, size=count * ranks)[rank::ranks]
         history = (cases.first_label if ranking else cases.stop) - cases.start
-        thin = rng.random(len(cases)) < self.thinning_probability(history)
+        thin = chances < self.thinning_probability(history)
         parts: list[NDArray] = []
         lengths = np.empty(len(cases), np.int64)
         first = np.empty(len(cases), np.int64)
@@ -68,7 +79,8 @@ class StochasticLength:
             rows = np.arange(start, stop)
             if thin[index]:
                 end = start + int(history[index])
-                kept = self._choose(start, end, None if times is None else times[start:end], rng)
+                drawn = np.random.default_rng(seeds[index])
+                kept = self._choose(start, end, None if times is None else times[start:end], drawn)
                 rows = np.concatenate([kept, np.arange(end, stop)])
             parts.append(rows)
             lengths[index] = len(rows)

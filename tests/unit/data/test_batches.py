@@ -280,12 +280,68 @@ def test_a_loader_resumes_in_mid_epoch(tmp_path: Path, workers: int) -> None:
     assert len(list(resumed)) == 7
 
 
-def test_resuming_in_mid_epoch_needs_as_many_ranks(tmp_path: Path) -> None:
-    store = make_store(tmp_path, [7] * 20)
-    cases = retrieval_cases(store, Split(), "train", 4)
-    loader = SequenceLoader(cases, plan(cases.lengths.tolist()), Collator(store, "retrieval"))
-    with pytest.raises(ValueError, match="2 ranks, now there are 1"):
-        loader.load_state_dict({"epoch": 0, "position": 3, "world_size": 2})
+def _ranks(tmp_path: Path, world_size: int, global_batch: int = 8, **options: object) -> list[SequenceLoader]:
+    """The loaders of all ranks, with histories thinned out."""
+    store = make_store(tmp_path, [9] * 45)
+    cases = retrieval_cases(store, Split(), "train", 6)
+    collator = Collator(store, "retrieval", stochastic_length=StochasticLength(1.2, 4))
+    options = {"shuffle": True, "training": True, "seed": 3, "batch_size": global_batch // world_size, **options}
+    lengths = cases.lengths.tolist()
+    return [
+        SequenceLoader(cases, plan(lengths, rank=rank, world_size=world_size, epoch=1, **options), collator)
+        for rank in range(world_size)
+    ]
+
+
+def _global_batches(loaders: list[SequenceLoader]) -> list[list[tuple[int, ...]]]:
+    """User and items of each case of each global batch, of all ranks together."""
+    batches = []
+    for parts in zip(*loaders, strict=True):
+        rows: list[tuple[int, ...]] = []
+        for part in parts:
+            assert part.user_ids is not None
+            items = part.features["item"].to_dense()
+            rows += [(int(user), *row.tolist()) for user, row in zip(part.user_ids, items, strict=True)]
+        batches.append(sorted(rows))
+    return batches
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1), (2, 1)])
+def test_other_ranks_go_on_with_the_same_global_batches(tmp_path: Path, before: int, after: int) -> None:
+    saving = _ranks(tmp_path, before)
+    everything = _global_batches(saving)
+    assert len(everything) == 6
+    lengths = [len(row) for rows in everything for row in rows]
+    assert min(lengths) < max(lengths), "some histories are thinned out"
+    for loader in saving:
+        iterator = iter(loader)
+        for _ in range(3):
+            next(iterator)
+    resumed = _ranks(tmp_path, after)
+    for loader in resumed:
+        loader.load_state_dict(saving[0].state_dict())
+    left = _global_batches(resumed)
+    assert left[:2] == everything[3:5]
+    # Of the last batch, ranks that are many drop what they can't share evenly.
+    shorter, longer = sorted([left[2], everything[5]], key=len)
+    assert len(longer) - len(shorter) < 4
+    assert set(shorter) <= set(longer)
+
+
+def test_resuming_in_mid_epoch_on_other_ranks_has_its_bounds(tmp_path: Path) -> None:
+    loader = _ranks(tmp_path, 2)[0]
+    list(zip(range(3), loader, strict=False))
+    state = loader.state_dict()
+    with pytest.raises(
+        ValueError, match=r"2 ranks, now there are 1, and a global batch has 4 .* set data.batch_size=8"
+    ):
+        _ranks(tmp_path, 1, global_batch=4)[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="its batches depend on that"):
+        _ranks(tmp_path, 1, token_budget=40)[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="its batches depend on that"):
+        _ranks(tmp_path, 1)[0].load_state_dict({"epoch": 0, "position": 3, "world_size": 2})
+    with pytest.raises(ValueError, match="with 40 cases an epoch instead of 45"):
+        _ranks(tmp_path, 1)[0].load_state_dict({**state, "cases": 40})
 
 
 def test_stochastic_length_follows_its_law() -> None:
