@@ -1,6 +1,7 @@
-"""The two halves of an HSTU layer around its attention, swappable by name: plain torch here, fused kernels elsewhere.
+"""What an HSTU model computes beside its attention, swappable by name: plain torch here, fused kernels elsewhere.
 
-An implementation is an object with the two methods of `LayerOps`. It gets the layer's modules rather than their
+The two halves of a layer around its attention, and the tokens' way into the first one. An implementation is an object
+with the methods of `LayerOps`. It gets the layer's modules rather than their
 weights, so that a tensor-parallel linear can stand where a plain one stood.
 
 `genrec.parallel.parallelize` puts such modules there, and an implementation must serve them:
@@ -83,6 +84,33 @@ class LayerOps(Protocol):
         """
         ...
 
+    def place_rows(self, pool: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        """One tensor of all rows: out[places[i]] = pool[i].
+
+        Args:
+            pool: (T_i, D) each, of one dtype.
+            places: (T_i,) int64 each; together they name each of the sum of T_i rows once.
+        """
+        ...
+
+    def take_rows(self, x: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+        """x[places[i]] for each i; together the places name each row of x, (T, D), once."""
+        ...
+
+    def add_encodings(
+        self, x: Tensor, scale: float, encodings: Sequence[tuple[Tensor, Tensor]], dropout: float, training: bool
+    ) -> Tensor:
+        """dropout(x * scale + the sum of weight[index]) over the encodings' (weight, index).
+
+        Args:
+            x: (T, D).
+            scale: Of x.
+            encodings: Up to two tables (rows, D), such as those of positions and of ages, each with (T,) int64 rows.
+            dropout: Probability, applied where `training`.
+            training: As nn.Module.training.
+        """
+        ...
+
 
 def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), with the bias added that Megatron's linear layers may return beside the result."""
@@ -151,6 +179,24 @@ class TorchLayerOps:
             return x + checkpoint(product_and_linear, a, u, use_reentrant=False)
         return x + product_and_linear(a, u)
 
+    def place_rows(self, pool: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        """As `LayerOps.place_rows`."""
+        values = torch.cat(list(pool))
+        return torch.empty_like(values).index_copy(0, torch.cat(list(places)), values)
+
+    def take_rows(self, x: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+        """As `LayerOps.take_rows`."""
+        return [x.index_select(0, place) for place in places]
+
+    def add_encodings(
+        self, x: Tensor, scale: float, encodings: Sequence[tuple[Tensor, Tensor]], dropout: float, training: bool
+    ) -> Tensor:
+        """As `LayerOps.add_encodings`."""
+        x = x if scale == 1.0 else x * scale
+        for weight, index in encodings:
+            x = x + F.embedding(index, weight)
+        return F.dropout(x, dropout, training)
+
 
 def project(
     normed: Tensor, normalise: Callable[[], Tensor], linear: nn.Module, again_normed: bool, again_projected: bool
@@ -210,6 +256,20 @@ class AutoLayerOps:
     ) -> Tensor:
         """As `LayerOps.gated_output`."""
         return self._choose(x).gated_output(x, a, u, norm, linear, concat, dropout, training)
+
+    def place_rows(self, pool: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        """As `LayerOps.place_rows`."""
+        return self._choose(pool[0]).place_rows(pool, places)
+
+    def take_rows(self, x: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+        """As `LayerOps.take_rows`."""
+        return self._choose(x).take_rows(x, places)
+
+    def add_encodings(
+        self, x: Tensor, scale: float, encodings: Sequence[tuple[Tensor, Tensor]], dropout: float, training: bool
+    ) -> Tensor:
+        """As `LayerOps.add_encodings`."""
+        return self._choose(x).add_encodings(x, scale, encodings, dropout, training)
 
 
 @lru_cache(maxsize=16)

@@ -30,8 +30,8 @@ class PositionEncoding(nn.Module):
         self.count_from = count_from
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(num_contexts + max_positions, dim)))
 
-    def forward(self, place: Tensor, history_len: Tensor, is_context: Tensor) -> Tensor:
-        """(T', D).
+    def index(self, place: Tensor, history_len: Tensor, is_context: Tensor) -> Tensor:
+        """(T',) int64 row of each token.
 
         Args:
             place: (T',) number of a token among the history and target tokens of its sequence; for a contextual
@@ -42,7 +42,11 @@ class PositionEncoding(nn.Module):
         capped = torch.minimum(place, history_len)
         index = capped if self.count_from == "start" else history_len - capped
         index = torch.where(is_context, place, index + self.num_contexts)
-        return nn.functional.embedding(index.clamp(max=self.weight.shape[0] - 1), self.weight)
+        return index.clamp(max=self.weight.shape[0] - 1)
+
+    def forward(self, place: Tensor, history_len: Tensor, is_context: Tensor) -> Tensor:
+        """(T', D). Arguments as those of `index`."""
+        return nn.functional.embedding(self.index(place, history_len, is_context), self.weight)
 
 
 class TimeEncoding(nn.Module):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from genrec.data.batch import SequenceBatch
+from genrec.layers.ops import get_layer_ops
 from genrec.layers.positions import PositionEncoding, TimeEncoding
 from genrec.layers.tokens import TokenSequence
 
@@ -51,6 +52,7 @@ class PreprocessorConfig:
         num_time_buckets: Rows of the time encoding.
         scale_by_sqrt_dim: Multiply embeddings by sqrt(D) before positions are added.
         dropout: Of the tokens.
+        layer_backend: What places the tokens and adds their encodings: see `genrec.layers.ops`.
     """
 
     hidden_dim: int
@@ -68,6 +70,7 @@ class PreprocessorConfig:
     num_time_buckets: int = 2048
     scale_by_sqrt_dim: bool = False
     dropout: float = 0.0
+    layer_backend: str = "torch"
 
     def __post_init__(self) -> None:
         if self.action_mode not in ("interleaved", "summed"):
@@ -133,7 +136,7 @@ class SequencePreprocessor(nn.Module):
         contexts = len(c.contextual_features)
         self.positions = PositionEncoding(c.max_positions, contexts, dim, c.position_from) if c.max_positions else None
         self.times = TimeEncoding(c.num_time_buckets, dim, c.time_encoding) if c.time_encoding != "none" else None
-        self.dropout = nn.Dropout(c.dropout)
+        self.ops = get_layer_ops(c.layer_backend)
 
     def forward(self, embeddings: Mapping[str, JaggedTensor], batch: SequenceBatch) -> TokenSequence:
         """The tokens of a batch.
@@ -150,12 +153,13 @@ class SequencePreprocessor(nn.Module):
         self._check(embeddings, batch)
         layout = self._layout(embeddings, batch)
         tokens = self._tokens(batch, layout, self._embed(embeddings, batch, layout))
-        x = tokens.x * self.config.hidden_dim**0.5 if self.config.scale_by_sqrt_dim else tokens.x
+        c, encodings = self.config, []
         if self.positions is not None:
-            x = x + self.positions(*self._places(batch, layout))
+            encodings.append((self.positions.weight, self.positions.index(*self._places(batch, layout))))
         if self.times is not None:
-            x = x + self.times(self._ages(batch, tokens, layout))
-        return replace(tokens, x=self.dropout(x))
+            encodings.append((self.times.weight, self.times.buckets(self._ages(batch, tokens, layout))))
+        scale = c.hidden_dim**0.5 if c.scale_by_sqrt_dim else 1.0
+        return replace(tokens, x=self.ops.add_encodings(tokens.x, scale, encodings, c.dropout, self.training))
 
     def outputs(self, y: Tensor, tokens: TokenSequence) -> Tensor:
         """The states from which the model answers.
@@ -248,8 +252,7 @@ class SequencePreprocessor(nn.Module):
         place += layout.context_tokens
         if len(pool) == 1:
             return pool[0]
-        values = torch.cat(pool)
-        return torch.empty_like(values).index_copy(0, torch.cat(place), values)
+        return self.ops.place_rows(pool, place)
 
     def _tokens(self, batch: SequenceBatch, layout: _Layout, x: Tensor) -> TokenSequence:
         c = self.config

@@ -179,6 +179,7 @@ class HSTURanking(RankingModel):
             layer_recompute=tuple(layer_recompute), recompute=recompute,
         )  # fmt: skip
         self.hstu_config = replace(config, **(hstu_options or {}))
+        self.preprocessor_config = replace(self.preprocessor_config, layer_backend=self.hstu_config.layer_backend)
         self.build()
 
     def build_encoder(self) -> nn.Module:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genrec.layers.triton import gate
+from genrec.layers.triton import encodings, gate
+from genrec.layers.triton.encodings import add_encodings, sum_rows_by_index
 from genrec.layers.triton.gate import gated_product
 from genrec.layers.triton.norm import layer_norm
+from genrec.layers.triton.rows import place_rows, take_rows
 from genrec.layers.triton.silu import SplitActivated
 from tests.parity.grid import BACKWARD_FACTOR, FORWARD_FACTOR, check_error
 
@@ -79,6 +81,77 @@ def assert_parity(
     names = [f"out{i}" for i in range(outputs)] + [f"d_{name}" for name in inputs]
     for i, (name, x, reference, lowered) in enumerate(zip(names, got, want, low, strict=True)):
         check_error(name, x, reference, lowered, FORWARD_FACTOR if i < outputs else BACKWARD_FACTOR, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tables", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("rows", "width", "table_rows"),
+    [(50, 24, 7), (300, 5, 2), (9, 1030, 40), (0, 8, 3), pytest.param(9001, 1024, 2048, marks=pytest.mark.gpu)],
+)
+def test_add_encodings(rows: int, width: int, table_rows: int, tables: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": _normal(rows, width, strided=True)}
+    inputs |= {f"table{i}": _normal(table_rows + i, width) for i in range(tables)}
+    # Indices as ages have them: most rows share a few, and some are read by none.
+    indices = [(torch.rand(rows) ** 3 * (table_rows + i)).long().to(DEVICE) for i in range(tables)]
+
+    def kernel(x: Tensor, *weights: Tensor) -> tuple[Tensor]:
+        return (add_encodings(x, list(weights), indices, None, 5.5, 0.0),)
+
+    def twin(x: Tensor, *weights: Tensor) -> tuple[Tensor]:
+        return (x * 5.5 + sum(F.embedding(i, w) for i, w in zip(indices, weights, strict=True)),)
+
+    assert_parity(kernel, twin, inputs, dtype)
+
+
+@pytest.mark.parametrize("piece", [4, 128])
+def test_table_gradients_don_t_depend_on_the_order_of_work(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    grad, index = torch.randn(70, 20, device=DEVICE), torch.randint(0, 6, (70,), device=DEVICE)
+    index[:30] = 2
+    monkeypatch.setattr(encodings, "PIECE", piece)
+    got = sum_rows_by_index(grad, index, 9, torch.float32)
+    torch.testing.assert_close(got, torch.zeros(9, 20, device=DEVICE).index_add(0, index, grad))
+    assert (got[6:] == 0).all()
+    assert torch.equal(got, sum_rows_by_index(grad, index, 9, torch.float32))
+
+
+def test_encodings_drop_the_same_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = torch.ones(40, 1040, device=DEVICE, requires_grad=True)
+    table = torch.ones(3, 1040, device=DEVICE, requires_grad=True)
+    index = torch.randint(0, 3, (40,), device=DEVICE)
+    seed = torch.tensor([3], device=DEVICE)
+    y = add_encodings(one, [table], [index], seed, 2.0, 0.25)
+    mask = (y > 0).float() / 0.75
+    assert abs(mask.mean() - 1) < 0.02
+    torch.testing.assert_close(y, mask * 3)
+    d_one, d_table = torch.autograd.grad(y.sum(), [one, table])
+    torch.testing.assert_close(d_one, mask * 2)
+    torch.testing.assert_close(d_table, torch.zeros_like(table).index_add(0, index, mask))
+    monkeypatch.setattr(encodings, "tile", lambda width, per_thread=16: (8, 256, 2))
+    assert torch.equal(y, add_encodings(one, [table], [index], seed, 2.0, 0.25))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 24, pytest.param(1024, marks=pytest.mark.gpu)])
+def test_rows_go_to_their_places_and_back(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    order = torch.randperm(45, device=DEVICE)
+    places = [order[:20], order[20:20], order[20:], order[:0]]
+    pool = [_normal(len(p), width, strided=True).to(DEVICE, dtype).requires_grad_() for p in places]
+    joined = place_rows(pool, places)
+    for part, place in zip(pool, places, strict=True):
+        assert torch.equal(joined[place], part)
+    upstream = torch.randn_like(joined)
+    for gradient, place in zip(torch.autograd.grad(joined, pool, upstream), places, strict=True):
+        assert torch.equal(gradient, upstream[place])
+    whole = joined.detach().requires_grad_()
+    parts = take_rows(whole, places)
+    assert all(torch.equal(a, b) for a, b in zip(parts, pool, strict=True))
+    (back,) = torch.autograd.grad(parts, [whole], [torch.full_like(part, 1 + i) for i, part in enumerate(parts)])
+    for i, place in enumerate(places):
+        assert (back[place] == 1 + i).all()
 
 
 def _gapped(x: Tensor, like: Tensor) -> Tensor:

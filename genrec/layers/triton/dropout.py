@@ -32,18 +32,19 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def keep_mask(seed, stream, row, threshold, COLS: tl.constexpr):
+def keep_mask(seed, first, stream, row, threshold, COLS: tl.constexpr):
     """[rows, COLS] bool: what stays.
 
     Args:
         seed: int64.
+        first: The first column's number over 8.
         stream: Number of an independent mask of the same rows.
         row: [rows] int64, counted over the whole tensor.
         threshold: As from the function above.
-        COLS: Columns from 0 on, a power of two and at least 16.
+        COLS: How many columns, a power of two and at least 16.
     """
     zero = tl.zeros([row.shape[0], COLS // 8], tl.int32)
-    eight = tl.arange(0, COLS // 8)[None, :] + zero
+    eight = first + tl.arange(0, COLS // 8)[None, :] + zero
     low = (row & 0xFFFFFFFF).to(tl.int32)[:, None] + zero
     high = (row >> 32).to(tl.int32)[:, None] + zero
     a, b, c, d = tl.philox(seed, eight, zero + stream, low, high, 7)

@@ -30,7 +30,7 @@ from genrec.layers.triton.norm import (
 def _dropped(x, seed, stream, row, thr, COLS: tl.constexpr, DROPOUT: tl.constexpr):
     """dropout(x); its own transpose, so the backward pass calls it too. Every mask has a stream of its own."""
     if DROPOUT:
-        x = tl.where(keep_mask(seed, stream, row, thr, COLS), x * (65536.0 / (65536 - thr)), 0.0)
+        x = tl.where(keep_mask(seed, 0, stream, row, thr, COLS), x * (65536.0 / (65536 - thr)), 0.0)
     return x
 
 

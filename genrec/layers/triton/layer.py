@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,10 @@ from genrec.layers.ops import apply_linear, note_use, project
 from genrec.layers.recompute import Recomputed, check_recompute
 from genrec.layers.triton._launch import DTYPES, MAX_WIDTH, check_machine
 from genrec.layers.triton.dropout import new_seed, threshold
+from genrec.layers.triton.encodings import add_encodings
 from genrec.layers.triton.gate import gated_product
 from genrec.layers.triton.norm import layer_norm
+from genrec.layers.triton.rows import place_rows, take_rows
 from genrec.layers.triton.silu import SplitActivated
 
 
@@ -86,6 +88,30 @@ class TritonLayerOps:
         with Recomputed(gated, product).saved():
             return x + apply_linear(linear, gated)
 
+    def place_rows(self, pool: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        """As `LayerOps.place_rows`."""
+        self._check(*pool)
+        note_use("triton", "tokens: placed")
+        dtype = reduce(torch.promote_types, (part.dtype for part in pool))
+        return place_rows([part.to(dtype) for part in pool], list(places))
+
+    def take_rows(self, x: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+        """As `LayerOps.take_rows`."""
+        self._check(x)
+        return take_rows(x, list(places))
+
+    def add_encodings(
+        self, x: Tensor, scale: float, encodings: Sequence[tuple[Tensor, Tensor]], dropout: float, training: bool
+    ) -> Tensor:
+        """As `LayerOps.add_encodings`."""
+        p = dropout if training and threshold(dropout) > 0 else 0.0
+        if not encodings and scale == 1.0 and p == 0.0:
+            return x
+        self._check(x)
+        note_use("triton", "tokens: encodings fused")
+        tables, indices = [weight for weight, _ in encodings], [index for _, index in encodings]
+        return add_encodings(x, tables, indices, new_seed(x.device) if p > 0.0 else None, scale, p)
+
     def _normaliser(self, x: Tensor, norm: nn.Module) -> Callable[[], Tensor]:
         """What computes norm(x), now and perhaps again."""
         plain = plain_norm(norm, x.shape[1])
@@ -96,12 +122,13 @@ class TritonLayerOps:
         return partial(_normed, x, plain, _result_dtype(x))
 
     @staticmethod
-    def _check(x: Tensor) -> None:
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"Layer backend 'triton' knows fp32, bf16 and fp16, got {x.dtype}. Choose layer_backend 'torch' "
-                "or 'auto'."
-            )
+    def _check(*tensors: Tensor) -> None:
+        for x in tensors:
+            if x.dtype not in DTYPES:
+                raise TypeError(
+                    f"Layer backend 'triton' knows fp32, bf16 and fp16, got {x.dtype}. Choose layer_backend 'torch' "
+                    "or 'auto'."
+                )
 
 
 def plain_norm(norm: nn.Module, width: int) -> _PlainNorm | None:

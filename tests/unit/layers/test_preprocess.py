@@ -370,3 +370,25 @@ def test_no_candidate_sees_the_time_of_another() -> None:
     before = scores(None)
     for candidate, row in enumerate((2, 3, 7)):
         assert (scores(row) != before).any(1).nonzero().flatten().tolist() == [candidate]
+
+
+@pytest.mark.parametrize("mode", [{}, {"candidate_actions": True}, {"action_mode": "summed"}], ids=str)
+def test_layer_backends_make_the_same_tokens(mode: dict[str, Any]) -> None:
+    config = PreprocessorConfig(hidden_dim=1, action_feature="action", contextual_features=["age", "sex"],
+                                side_features=["genre"], max_positions=20, time_encoding="log", num_time_buckets=30,
+                                scale_by_sqrt_dim=True, **mode)  # fmt: skip
+    plain = SequencePreprocessor(config)
+    fused = SequencePreprocessor(replace(config, layer_backend="triton"))
+    fused.load_state_dict(plain.state_dict())
+    results = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for module in (plain.to(device), fused.to(device)):
+        embeddings = {name: values.to(torch.device(device)) for name, values in _embeddings().items()}
+        for values in embeddings.values():
+            values.values().requires_grad_()
+        tokens = module(embeddings, _batch().to(torch.device(device)))
+        leaves = [*module.parameters(), *(values.values() for values in embeddings.values())]
+        upstream = torch.arange(1.0, len(tokens.x) + 1, device=device)[:, None]
+        results.append([tokens.x, *torch.autograd.grad(tokens.x, leaves, upstream)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
