@@ -13,6 +13,9 @@ from genrec.data.batch import SequenceBatch
 from genrec.embedding.hkv.checkpoint import find_tables
 from genrec.embedding.hkv.state import table_state
 from genrec.models import HSTURetrieval
+from genrec.parallel import checkpoint, megatron
+from genrec.parallel._state import Shards, model_state, optimizer_pieces
+from genrec.parallel.parallelize import parallelize, shard_dims
 from tests.helpers import retrieval_batch
 
 ITEMS, CATEGORIES, BATCH = 21, 7, 8
@@ -48,20 +51,33 @@ class Run:
             sharded.
         optimizer: Of the tables.
         dynamic: Have a dynamic table.
+        split: Tensor-parallel size.
     """
 
-    def __init__(self, placement: str | None, optimizer: str = "adagrad", dynamic: bool = False) -> None:
+    def __init__(
+        self, placement: str | None, optimizer: str = "adagrad", dynamic: bool = False, split: int = 1
+    ) -> None:  # fmt: skip
         self.model = build(optimizer, dynamic)
         self.dynamic = dynamic
         self.step = 0
+        self.dims: dict[str, int] = {}
         if placement is not None:
+            if megatron.is_initialized():
+                megatron.destroy()
+            megatron.initialize(split)
+            if split > 1:
+                parallelize(self.model)
+                self.dims = shard_dims(self.model)
             shard(self.model, placement, optimizer)
         settings: Any = self.model.configure_optimizers()
         self.optimizer, self.scheduler = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
 
     def train(self, steps: int) -> list[float]:
         """Global losses of some more steps."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = 0, 1
+        if dist.is_initialized():
+            rank, world = megatron.data_parallel_rank(), megatron.data_parallel_size()
+            group = megatron.data_parallel_group()
         self.model.train()
         losses = []
         for _ in range(steps):
@@ -70,11 +86,10 @@ class Run:
             self.optimizer.zero_grad()
             loss.backward()
             if world > 1:
-                for group in self.optimizer.param_groups:
-                    for parameter in group["params"]:
-                        dist.all_reduce(parameter.grad)
-                        parameter.grad /= world
-                dist.all_reduce(loss.data)
+                for parameter in [p for options in self.optimizer.param_groups for p in options["params"]]:
+                    dist.all_reduce(parameter.grad, group=group)
+                    parameter.grad /= world
+                dist.all_reduce(loss.data, group=group)
             self.optimizer.step()
             self.scheduler.step()
             self.step += 1
@@ -95,13 +110,21 @@ class Run:
             "optimizer_states": [self.optimizer.state_dict()],
         }  # fmt: skip
 
-    def resume(self, checkpoint: Mapping[str, Any], tensors: bool = False) -> None:
+    def save(self, path: str, **options: Any) -> None:
+        """As a folder."""
+        checkpoint.save(path, self.checkpoint(), self.model, [self.optimizer], shard_dims=self.dims, **options)
+
+    def load(self, path: str, **options: Any) -> None:
+        """Go on from a folder or a file of strategy "auto"."""
+        self.resume(checkpoint.load(path, self.model, [self.optimizer], shard_dims=self.dims, **options))
+
+    def resume(self, saved: Mapping[str, Any], tensors: bool = False) -> None:
         """Take what is in a checkpoint dict; with `tensors` also weights and optimizer states, as Lightning does."""
         if tensors:
-            self.model.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-        self.scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
-        self.step = checkpoint["global_step"]
+            self.model.load_state_dict(saved["state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer_states"][0])
+        self.scheduler.load_state_dict(saved["lr_schedulers"][0])
+        self.step = saved["global_step"]
 
 
 def shard(model: HSTURetrieval, placement: str, optimizer: str) -> None:
@@ -148,10 +171,11 @@ def shard(model: HSTURetrieval, placement: str, optimizer: str) -> None:
 
 def holdings(run: Run) -> dict[str, list[tuple[tuple[int, ...], Tensor]]]:
     """Every weight and optimizer state of this rank: boxes (offset, content) by name; dynamic tables' rows as well."""
-    from genrec.parallel._state import Shards, model_state, optimizer_pieces
-
-    _, pieces, _ = model_state(run.model, Shards())
-    pieces += optimizer_pieces(run.model, [run.optimizer], Shards())
+    shards = Shards()
+    if run.dims:
+        shards = Shards(run.dims, megatron.tensor_parallel_rank(), megatron.tensor_parallel_size())
+    _, pieces, _ = model_state(run.model, shards)
+    pieces += optimizer_pieces(run.model, [run.optimizer], shards)
     boxes: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
     for piece in pieces:
         boxes.setdefault(piece.key, []).append((piece.offset, piece.tensor.clone()))
