@@ -1,8 +1,8 @@
 """From a reader's stream of events to an `EventStore` on disk, in memory that does not grow with the events.
 
-First pass: chunks are appended to partitions by user, ids met are counted. Second pass: each partition is sorted
-by user and time and written to its place in the final columns. The folder is made aside and then renamed, so
-that a partial one is never taken for a whole one.
+Chunks are appended to partitions by user; each partition is sorted by user and time; then the partitions are merged,
+some users at a time, into the final columns. The folder is made aside and then renamed, so that a partial one is never
+taken for a whole one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from genrec.data.store import FORMAT_VERSION, MANIFEST, DataError, EventStore, s
 TieBreak = Literal["input", "item"]
 
 _PARTITIONS = 64
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 _OPTIONAL = {"timestamp": np.int64, "action": np.int32, "labels": np.uint32, "value": np.float32}
 
 
@@ -188,16 +190,20 @@ class _Builder:
         self.columns: list[str] | None = None
         self.num_known = 0
         self.items = np.empty(0, np.int64)
+        self.new_items: list[NDArray[np.int64]] = []
         self.largest_item = -1
 
     def run(self, source: dict) -> None:
         partitions = self.work / "partitions"
         partitions.mkdir()
-        counts = self._scatter(partitions)
-        user_keys, sizes = self._users(partitions, counts)
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._scatter(partitions)
+        found = self._sort(partitions)
+        users, sizes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.argsort(users)
+        user_keys = users[order]
+        offsets = np.concatenate([[0], np.cumsum(sizes[order])]).astype(np.int64)
         tables = self.reader.tables()
-        self._gather(partitions, counts, user_keys, offsets)
+        self._write(partitions, found, user_keys, offsets)
         shutil.rmtree(partitions)
         saved = self._finish(tables, user_keys, offsets)
         num_items = len(self.items) if self.remap else self.largest_item + 1
@@ -217,34 +223,29 @@ class _Builder:
             fields.append(("known", np.float32, (self.num_known,)))
         return np.dtype(fields)
 
-    def _scatter(self, partitions: Path) -> NDArray[np.int64]:
-        """Append each event to the partition of its user. Returns the events of each partition."""
-        counts = np.zeros(_PARTITIONS, np.int64)
+    def _scatter(self, partitions: Path) -> None:
+        """Append each event to the partition of its user."""
+        events = 0
         files = [(partitions / f"{number}.bin").open("wb") for number in range(_PARTITIONS)]
-        bar = tqdm(
-            total=self.reader.total(),
-            desc="reading",
-            unit_scale=True,
-            disable=None if self.progress else True,
-            leave=False,
-        )
+        bar = self._bar(self.reader.total(), "reading")
         try:
             for chunk in self.reader.chunks():
                 records = self._records(chunk)
-                owner = records["user"] % _PARTITIONS
+                # Mixed, so that ids in steps of 64 don't fall into one partition.
+                owner = (records["user"].view(np.uint64) * _MIX >> np.uint64(32)) % np.uint64(_PARTITIONS)
                 order = np.argsort(owner, kind="stable")
                 records, bounds = records[order], np.searchsorted(owner[order], np.arange(_PARTITIONS + 1))
                 for number in range(_PARTITIONS):
                     records[bounds[number] : bounds[number + 1]].tofile(files[number])
-                counts += np.diff(bounds)
+                events += len(records)
                 bar.update(max(0, chunk.progress - bar.n))
         finally:
             bar.close()
             for file in files:
                 file.close()
-        if not counts.any():
+        if not events:
             raise DataError(f"{type(self.reader).__name__}: the input has no events.")
-        return counts
+        self._merge_items()
 
     def _records(self, chunk: EventChunk) -> NDArray:
         if self.columns is None:
@@ -261,65 +262,88 @@ class _Builder:
         for name in self._record().names or ():
             records[name] = getattr(chunk, name)
         if self.remap:
-            self.items = np.union1d(self.items, np.unique(chunk.item))
+            self.new_items.append(np.unique(chunk.item))
+            # Merged only when they have become many: else each chunk would sort all items again.
+            if sum(map(len, self.new_items)) > max(len(self.items), 1 << 20):
+                self._merge_items()
         elif len(chunk.item):
             self.largest_item = max(self.largest_item, int(chunk.item.max()))
         return records
 
-    def _load(self, partitions: Path, number: int) -> NDArray:
-        return np.fromfile(partitions / f"{number}.bin", self._record())
+    def _merge_items(self) -> None:
+        self.items = np.unique(np.concatenate([self.items, *self.new_items]))
+        self.new_items = []
 
-    def _users(self, partitions: Path, counts: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """All users in the order of their raw ids, and the events of each."""
-        keys, sizes = [], []
-        for number in np.flatnonzero(counts).tolist():
-            unique, size = np.unique(self._load(partitions, number)["user"], return_counts=True)
-            keys.append(unique)
-            sizes.append(size)
-        users, number_of = np.concatenate(keys), np.concatenate(sizes)
-        order = np.argsort(users)
-        return users[order], number_of[order].astype(np.int64)
-
-    def _gather(self, partitions: Path, counts: NDArray, user_keys: NDArray, offsets: NDArray) -> None:
-        """Sort each partition and write it to its place."""
-        out = {name: self._column(name, int(offsets[-1])) for name in self._event_columns()}
-        bar = tqdm(
-            total=int(counts.sum()),
-            desc="sorting",
-            unit_scale=True,
-            disable=None if self.progress else True,
-            leave=False,
-        )
-        for number in np.flatnonzero(counts).tolist():
-            records = self._load(partitions, number)
+    def _sort(self, partitions: Path) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Sort each partition by user and time, in its file. Returns the users and the number of events of each."""
+        found = []
+        for number in range(_PARTITIONS):
+            records = np.fromfile(partitions / f"{number}.bin", self._record())
             keys: list[NDArray] = [records["item"]] if self.tie_break == "item" else []
             if "timestamp" in (self.columns or []):
                 keys.append(records["timestamp"])
             records = records[np.lexsort([*keys, records["user"]])]
-            users, start, size = np.unique(records["user"], return_index=True, return_counts=True)
-            first = offsets[np.searchsorted(user_keys, users)]
-            place = np.arange(len(records)) + np.repeat(first - start, size)
-            for name, column in out.items():
-                values = (
-                    np.searchsorted(self.items, records["item"]) if name == "item" and self.remap else records[name]
-                )
-                column[place] = values
-            bar.update(len(records))
-        bar.close()
-        for column in out.values():
-            column.flush()
+            records.tofile(partitions / f"{number}.bin")
+            found.append(np.unique(records["user"], return_counts=True))
+        return found
 
-    def _column(self, name: str, rows: int) -> np.memmap:
-        if name == "known":
-            kind, shape = np.dtype(np.float32), (rows, self.num_known)
-        else:
-            kind, shape = self._kind(name), (rows,)
-        return np.lib.format.open_memmap(self.work / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+    def _write(
+        self, partitions: Path, found: list[tuple[NDArray, NDArray]], user_keys: NDArray, offsets: NDArray
+    ) -> None:
+        """Merge the partitions, some users at a time in the order of their ids, into the columns.
+
+        The columns are written from front to back: neither memory nor the disk's seeks grow with the events.
+        """
+        total = int(offsets[-1])
+        ends = np.searchsorted(offsets, np.linspace(0, total, _PARTITIONS + 1)[1:]).tolist()
+        starts = [np.concatenate([[0], np.cumsum(sizes)]) for _, sizes in found]
+        bar = self._bar(total, "writing")
+        with ExitStack() as stack:
+            out = {name: stack.enter_context(self._column(name, total)) for name in self._event_columns()}
+            first = 0
+            for last in ends:
+                if last == first:
+                    continue
+                records = self._slice(partitions, found, starts, user_keys[first], user_keys[last - 1])
+                for name, file in out.items():
+                    column = records[name]
+                    values = np.searchsorted(self.items, column) if name == "item" and self.remap else column
+                    values.astype(self._kind(name)).tofile(file)
+                bar.update(len(records))
+                first = last
+        bar.close()
+
+    def _slice(
+        self, partitions: Path, found: list[tuple[NDArray, NDArray]], starts: list[NDArray], low: int, high: int
+    ) -> NDArray:
+        """The events of the users from `low` to `high`, in the order of the users."""
+        parts = []
+        for number, (users, _) in enumerate(found):
+            begin = starts[number][np.searchsorted(users, low)]
+            end = starts[number][np.searchsorted(users, high, side="right")]
+            size = self._record().itemsize
+            parts.append(
+                np.fromfile(partitions / f"{number}.bin", self._record(), int(end - begin), offset=int(begin) * size)
+            )
+        records = np.concatenate(parts)
+        # Each user is in one partition, in order there already.
+        return records[np.argsort(records["user"], kind="stable")]
+
+    def _column(self, name: str, rows: int) -> BinaryIO:
+        """A new .npy file whose header is written."""
+        shape = (rows, self.num_known) if name == "known" else (rows,)
+        file = (self.work / f"{name}.npy").open("wb")
+        header = {"descr": np.lib.format.dtype_to_descr(self._kind(name)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        return file
+
+    def _bar(self, total: int, words: str) -> tqdm:
+        return tqdm(total=total, desc=words, unit_scale=True, disable=None if self.progress else True, leave=False)
 
     def _kind(self, name: str) -> np.dtype:
         if name == "item":
             return np.dtype(np.int32 if self.remap and len(self.items) < 2**31 else np.int64)
-        return np.dtype(_OPTIONAL[name])
+        return np.dtype(np.float32 if name == "known" else _OPTIONAL[name])
 
     def _finish(self, tables: Tables, user_keys: NDArray, offsets: NDArray) -> list[str]:
         """The small columns: users, items and their features. Returns the features' names."""
