@@ -72,7 +72,7 @@ def without_attention(layer: HSTULayer, ready: dict[str, Tensor]) -> Callable[[T
     c = layer.config
 
     def run(x: Tensor) -> Tensor:
-        u, v, q, k = layer.ops.norm_linear_silu(x, layer.input_norm, layer.uvqk, (c.v_dim, c.qk_dim), c.silu_all)
+        x, u, v, q, k = layer.ops.norm_linear_silu(x, layer.input_norm, layer.uvqk, (c.v_dim, c.qk_dim), c.silu_all)
         a = _NoAttention.apply(q, k, v, ready)
         return layer.ops.gated_output(x, a, u, layer.output_norm, layer.output, c.concat, c.dropout, layer.training)
 

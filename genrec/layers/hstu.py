@@ -71,7 +71,7 @@ class HSTULayer(nn.Module):
         """
         c = self.config
         # (1) U, V, Q, K = Split(phi_1(f_1(Norm(X))))
-        u, v, q, k = self.ops.norm_linear_silu(x, self.input_norm, self.uvqk, (c.v_dim, c.qk_dim), c.silu_all)
+        x, u, v, q, k = self.ops.norm_linear_silu(x, self.input_norm, self.uvqk, (c.v_dim, c.qk_dim), c.silu_all)
         # (2) A V = phi_2(alpha Q K^T + rab^{p,t}) V / N
         av = hstu_attention(
             q, k, v,

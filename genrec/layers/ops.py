@@ -42,8 +42,8 @@ class LayerOps(Protocol):
 
     def norm_linear_silu(
         self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u, v, q, k = split(silu(linear(norm(x)))), SiLU on all four or on u only.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, and u, v, q, k = split(silu(linear(norm(x)))), SiLU on all four or on u only.
 
         Args:
             x: (T, D).
@@ -54,8 +54,9 @@ class LayerOps(Protocol):
             silu_all: SiLU on all of u, v, q, k (the paper) or on u alone (production).
 
         Returns:
-            u, v: (T, H, Dv); q, k: (T, H, Dqk); the last dimension is contiguous. u is for the same implementation's
-            `gated_output` alone: its SiLU may be left to that.
+            x as it came, for `gated_output` (the gradients of its two uses may then be added up where the norm's is
+            computed); u, v: (T, H, Dv); q, k: (T, H, Dqk); the last dimension is contiguous. u is for the same
+            implementation's `gated_output` alone: its SiLU may be left to that.
         """
         ...
 
@@ -73,7 +74,7 @@ class LayerOps(Protocol):
         """x + linear(dropout(u * norm(a))), or with `concat` x + linear(dropout([u, a, u * norm(a)])) in each head.
 
         Args:
-            x: (T, D), the residual.
+            x: (T, D), the residual, from `norm_linear_silu`.
             a: (T, H, Dv), the attention's output.
             u: (T, H, Dv), the gate, from `norm_linear_silu`.
             norm: (T, H * Dv) -> (T, H * Dv).
@@ -129,13 +130,13 @@ class TorchLayerOps:
 
     def norm_linear_silu(
         self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As `LayerOps.norm_linear_silu`."""
         dv, dqk = widths
         note_use("torch")
         y = self._activated(x, norm, linear, silu_all).unflatten(-1, (-1, 2 * dv + 2 * dqk))
         u, v, q, k = y.split([dv, dv, dqk, dqk], dim=-1)
-        return (u if silu_all else F.silu(u)), v, q, k
+        return x, (u if silu_all else F.silu(u)), v, q, k
 
     def _activated(self, x: Tensor, norm: nn.Module, linear: nn.Module, silu_all: bool) -> Tensor:
         """linear(norm(x)), with `silu_all` after SiLU."""
@@ -239,7 +240,7 @@ class AutoLayerOps:
 
     def norm_linear_silu(
         self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As `LayerOps.norm_linear_silu`."""
         return self._choose(x).norm_linear_silu(x, norm, linear, widths, silu_all)
 

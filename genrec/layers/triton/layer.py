@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from genrec.layers.triton._launch import DTYPES, MAX_WIDTH, check_machine
 from genrec.layers.triton.dropout import new_seed, threshold
 from genrec.layers.triton.encodings import add_encodings
 from genrec.layers.triton.gate import gated_product
-from genrec.layers.triton.norm import layer_norm
+from genrec.layers.triton.norm import NormAndResidual, layer_norm
 from genrec.layers.triton.rows import place_rows, take_rows
 from genrec.layers.triton.silu import SplitActivated
 
@@ -46,18 +46,26 @@ class TritonLayerOps:
 
     def norm_linear_silu(
         self, x: Tensor, norm: nn.Module, linear: nn.Module, widths: tuple[int, int], silu_all: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As `LayerOps.norm_linear_silu`; u is returned as it is before its SiLU."""
         self._check(x)
-        normalise = self._normaliser(x, norm)
-        normed = normalise()
+        plain = plain_norm(norm, x.shape[1])
+        if plain is None:
+            note_use("triton", f"input norm: by {type(norm).__name__}")
+            normalise = partial(norm, x)
+            normed = norm(x)
+        else:
+            note_use("triton", "input norm: fused, with the residual's gradient")
+            dtype = _result_dtype(x)
+            normalise = partial(_normed, x, plain, dtype)
+            x, normed = NormAndResidual.apply(x, *plain, dtype)
         # Where v, q, k stay views of the projection there is nothing to save by making it again.
         again = silu_all and "silu" in self.recompute
         y, recomputed = project(normed, normalise, linear, "norm" in self.recompute, again)
         if recomputed is None:
-            return SplitActivated.apply(y, *widths, silu_all, False)
+            return x, *SplitActivated.apply(y, *widths, silu_all, False)
         with recomputed.saved():
-            return SplitActivated.apply(y, *widths, silu_all, True)
+            return x, *SplitActivated.apply(y, *widths, silu_all, True)
 
     def gated_output(
         self,
@@ -111,15 +119,6 @@ class TritonLayerOps:
         note_use("triton", "tokens: encodings fused")
         tables, indices = [weight for weight, _ in encodings], [index for _, index in encodings]
         return add_encodings(x, tables, indices, new_seed(x.device) if p > 0.0 else None, scale, p)
-
-    def _normaliser(self, x: Tensor, norm: nn.Module) -> Callable[[], Tensor]:
-        """What computes norm(x), now and perhaps again."""
-        plain = plain_norm(norm, x.shape[1])
-        if plain is None:
-            note_use("triton", f"input norm: by {type(norm).__name__}")
-            return partial(norm, x)
-        note_use("triton", "input norm: fused")
-        return partial(_normed, x, plain, _result_dtype(x))
 
     @staticmethod
     def _check(*tensors: Tensor) -> None:

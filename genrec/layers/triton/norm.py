@@ -9,6 +9,8 @@ A row of G groups is normalised group by group: G = 1 is layer norm, its affine 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -81,8 +83,8 @@ def _forward(x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr, rows, groups, dim, 
 
 
 @triton.jit
-def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, rows, groups, dim,
-              sdy_row, sdy_col, sx_row, sx_col,
+def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, more_ptr, dx_ptr, dw_ptr, db_ptr, rows, groups, dim,
+              sdy_row, sdy_col, sx_row, sx_col, sm_row, sm_col, MORE: tl.constexpr,
               AFFINE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     program, group = tl.program_id(0), tl.program_id(1)
     col = tl.arange(0, COLS)
@@ -99,6 +101,8 @@ def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, d
         rstd = tl.load(rstd_ptr + row * groups + group, mask=row < rows, other=0.0)
         normed = tl.where(ok, (x - mean[:, None]) * rstd[:, None], 0.0)
         dx = input_gradient(dy, normed, rstd, w, ok, dim)
+        if MORE:
+            dx += tl.load(more_ptr + row[:, None] * sm_row + at * sm_col, mask=ok, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row[:, None] * groups * dim + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
         if AFFINE != 0:
             dw += dy * normed
@@ -163,9 +167,18 @@ def _(
 
 @torch.library.custom_op("genrec::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) of `layer_norm`; the last two are empty where there is no weight."""
+    """(dx, dweight, dbias) of `layer_norm`; the last two are empty where there is no weight.
+
+    `more`, (T, G * width), is added to dx: what reaches x on another way.
+    """
     rows, width = x.shape
     groups = mean.shape[1]
     dim = width // groups
@@ -178,9 +191,9 @@ def layer_norm_backward(
     if dx.numel():
         with on_device(x):
             _backward[(programs, groups)](
-                dy, x, weight, bias, mean, rstd, dx, dw, db, rows, groups, dim,
-                dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
-                AFFINE=kind, ROWS=block, COLS=columns, num_warps=warps,
+                dy, x, weight, bias, mean, rstd, more, dx, dw, db, rows, groups, dim,
+                *dy.stride(), *x.stride(), *((0, 0) if more is None else more.stride()),
+                MORE=more is not None, AFFINE=kind, ROWS=block, COLS=columns, num_warps=warps,
             )  # fmt: skip
     return dx, *sum_affine(dw, db, weight, bias)
 
@@ -198,7 +211,13 @@ def fake_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[
 
 @layer_norm_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), *fake_affine(x, weight, bias)
 
@@ -217,3 +236,23 @@ def _differentiate(ctx, dy, _mean, _rstd):
 
 
 layer_norm.register_autograd(_differentiate, setup_context=_setup)
+
+
+class NormAndResidual(torch.autograd.Function):
+    """(x, layer_norm(x)): where x goes on as the residual, the two gradients meet in the norm's backward kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments as those of `layer_norm`."""
+        y, mean, rstd = layer_norm(x, weight, bias, groups, eps, dtype)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return x.view_as(x), y
+
+    @staticmethod
+    def backward(ctx: Any, residual: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """(dx, dweight, dbias, None, ...)."""
+        _, weight, bias, *_ = saved = ctx.saved_tensors
+        dx, dw, db = layer_norm_backward(dy, *saved, residual)
+        return dx, None if weight is None else dw, None if bias is None else db, None, None, None

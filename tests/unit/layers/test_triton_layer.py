@@ -13,7 +13,7 @@ from genrec.layers.hstu import HeadNorm
 from genrec.layers.ops import get_layer_ops, layer_backends_used
 from genrec.layers.triton.gate import gated_product
 from genrec.layers.triton.layer import plain_norm
-from genrec.layers.triton.norm import layer_norm
+from genrec.layers.triton.norm import layer_norm, layer_norm_backward
 from genrec.layers.triton.silu import SplitActivated, activate_uvqk, merge_uvqk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +292,7 @@ def test_torch_compile_without_graph_breaks(form: dict[str, Any]) -> None:
 
     def halves(x: Tensor) -> Tensor:
         widths = (config.v_dim, config.qk_dim)
-        u, v, q, k = layer_ops.norm_linear_silu(x, layer.input_norm, layer.uvqk, widths, config.silu_all)
+        x, u, v, q, k = layer_ops.norm_linear_silu(x, layer.input_norm, layer.uvqk, widths, config.silu_all)
         a = v * (q * k).sum(-1, keepdim=True)
         return layer_ops.gated_output(x, a, u, layer.output_norm, layer.output, config.concat, 0.0, True)
 
@@ -317,7 +317,7 @@ class _Halves(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer, c = self.layer, self.layer.config
-        u, v, q, k = layer.ops.norm_linear_silu(x, layer.input_norm, layer.uvqk, (c.v_dim, c.qk_dim), c.silu_all)
+        x, u, v, q, k = layer.ops.norm_linear_silu(x, layer.input_norm, layer.uvqk, (c.v_dim, c.qk_dim), c.silu_all)
         a = v * (q * k).sum(-1, keepdim=True)
         return layer.ops.gated_output(x, a, u, layer.output_norm, layer.output, c.concat, c.dropout, self.training)
 
@@ -338,6 +338,8 @@ def test_ops_are_sound() -> None:
     x, w, b = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((7, 24), (24,), (24,)))
     torch.library.opcheck(layer_norm, (x, w, b, 1, 1e-6, torch.float32))
     torch.library.opcheck(layer_norm, (x, None, None, 3, 1e-6, torch.bfloat16))
+    mean, rstd = (torch.randn(7, 1, device=DEVICE) for _ in range(2))
+    torch.library.opcheck(layer_norm_backward, tuple(t.detach() for t in (x, x, w, b, mean, rstd, x)))
     a, u = (torch.randn(7, 3, 8, device=DEVICE, requires_grad=True) for _ in range(2))
     seed = torch.tensor([5], device=DEVICE)
     torch.library.opcheck(gated_product, (a, u, None, w, b, seed, 1, 1e-6, 0.2, True, True, torch.float32))
