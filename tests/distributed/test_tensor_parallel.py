@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from genrec.layers import HSTUConfig, HSTULayer, HSTUStack, SASRecConfig, SASRecStack, TokenSequence
+from genrec.layers.ops import layer_backends_used
 from genrec.parallel import megatron
 from genrec.parallel.parallelize import check_model, clip_grad_norm, parallelize, shard_dims
 from tests.distributed.ranks import run_ranks
@@ -29,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "position alone": {"relative_bias": "position", "concat": True, "v_dim": 7},
     "time alone": {"relative_bias": "time", "qk_dim": 1},
     "recompute": {**AFFINE, "recompute": True},
+    "recompute parts": {**AFFINE, "layer_recompute": ("norm", "silu", "gate")},
 }  # fmt: skip
 
 
@@ -133,6 +136,41 @@ def test_split_stacks_are_whole_ones_to_rounding(world_size, size):
             bound = 1e-12 if case[1] == torch.float64 else 1.0
             worst = max(differences, key=differences.__getitem__)
             assert differences[worst] < bound, (case, worst, differences[worst])
+
+
+def _triton(rank: int, world_size: int) -> dict[Any, Any]:
+    os.environ["TRITON_INTERPRET"] = "1"
+    megatron.initialize(2)
+    batch, found = tokens(torch.float32), {}
+    for form, sequence_parallel in (("production, all", False), ("group norm, all", True)):
+        expected = run(new_stack(torch.float32, **FORMS[form]), batch)
+        stack = new_stack(torch.float32, layer_backend="triton", **FORMS[form])
+        parallelize(stack, sequence_parallel=sequence_parallel)
+        out, dx, gradients = run(stack, batch)
+        dims = shard_dims(stack)
+        found[form] = {"out": difference(out, expected[0]), "x": difference(dx, expected[1])} | {
+            name: difference(gradients[name], block(whole, dims.get(name))) for name, whole in expected[2].items()
+        }
+    found["used"] = layer_backends_used()["triton"]
+    dropped = new_stack(torch.float32, layer_backend="triton", num_layers=1, dropout=0.5, output_bias=False)
+    parallelize(dropped)
+    caught = _Caught(dropped.layers[0].output)
+    torch.manual_seed(3)
+    dropped(batch.x, batch)
+    found["mask"] = caught.inputs[0] == 0
+    megatron.destroy()
+    return found
+
+
+def test_fused_layers_are_split_too():
+    pytest.importorskip("triton")
+    results = run_ranks(_triton, 2, preload=PRELOAD)
+    for result in results:
+        for form in ("production, all", "group norm, all"):
+            assert max(result[form].values()) < 1e-4, result[form]
+        assert set(result["used"]) >= {"gate: fused, its norm by SplitLayerNorm", "gate: fused with its norm"}
+    same = (results[0]["mask"] == results[1]["mask"]).double().mean()
+    assert 0.35 < same < 0.65, "masks of two ranks are independent"
 
 
 # Training -------------------------------------------------------------------------------------------------------------
