@@ -15,16 +15,15 @@ STEPS = 50
 # Norms and AdamW divide small numbers by their own size. With eps far below it, fp32 rounding, which another order of
 # summation changes, grows over the steps: one process that starts 1e-7 off then ends up to 2e-2 off.
 NORM: dict[str, Any] = {"norm_eps": 1e-3}
+GROUP_NORM: dict[str, Any] = {"hstu_options": {**NORM, "group_norm": True}}
 MODEL = {"eps": 1e-4, "num_layers": 2, "hstu_options": NORM}
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "ranking, paper": ("ranking", False, {"form": "paper"}),
     "ranking, production, sequence parallel": ("ranking", True, {"form": "production"}),
     "retrieval, paper, sequence parallel": ("retrieval", True, {"form": "paper"}),
     "retrieval, production": ("retrieval", False, {"form": "production"}),
-    "retrieval, group norm": (
-        "retrieval", False, {"form": "production", "relative_bias": "time", "hstu_options": {**NORM, "group_norm": True}},
-    ),
-}  # fmt: skip
+    "retrieval, group norm": ("retrieval", False, {"form": "production", "relative_bias": "time", **GROUP_NORM}),
+}
 
 
 def _curves(rank: int, world_size: int, size: int) -> dict[str, list[float]]:
