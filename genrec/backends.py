@@ -74,7 +74,7 @@ def asked_spec(options: argparse.Namespace) -> AttentionSpec | None:
 def table(spec: AttentionSpec | None = None) -> str:
     """A line for each backend: its name, whether it runs (and serves `spec`), and why not."""
     lines = registry.report(spec)
-    first = next((line.name for line in lines if line.reason is None), "none")
+    first = next((line.name for line in lines if not (line.reason or line.passed_over)), "none")
     choice = f"'auto' {'would choose' if spec else 'tries them in this order; first that runs'}: {first}"
     return f"{_rows('attention', lines)}\n\n{choice}"
 
@@ -90,9 +90,15 @@ def _rows(head: str, lines: Sequence[BackendReport | layer_ops.LayerBackendRepor
     width = max(len("attention"), *(len(line.name) for line in lines))
     rows = [f"{head:<{width}}  runs  why not"]
     rows += [
-        f"{line.name:<{width}}  {'no ' if line.reason else 'yes'}   {line.reason or ''}".rstrip() for line in lines
+        f"{line.name:<{width}}  {'no ' if line.reason else 'yes'}   {line.reason or _aside(line)}".rstrip()
+        for line in lines
     ]
     return "\n".join(rows)
+
+
+def _aside(line: BackendReport | layer_ops.LayerBackendReport) -> str:
+    passed_over = getattr(line, "passed_over", None)
+    return f"'auto' passes it over: {passed_over}" if passed_over else ""
 
 
 def machine() -> str:

@@ -25,7 +25,10 @@ class UnsupportedAttentionError(ValueError):
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """What a backend is: a name, a word on whether it runs, and the op itself."""
+    """What a backend is: a name, a word on whether it runs, and the op itself.
+
+    A backend with an attribute `not_in_auto`, a reason, serves only calls that name it.
+    """
 
     name: str
 
@@ -73,6 +76,8 @@ class BackendReport:
     name: str
     reason: str | None
     """None where the backend can run, else why not."""
+    passed_over: str | None = None
+    """Why "auto" doesn't choose the backend although it can run; None where it may."""
 
 
 class BackendRegistry:
@@ -134,7 +139,11 @@ class BackendRegistry:
 
     def report(self, spec: AttentionSpec | None = None) -> list[BackendReport]:
         """A line for each backend: can it run here (and serve `spec`), or why not."""
-        return [BackendReport(name, self.why_not(name, spec)) for name in self.names()]
+        lines = []
+        for name in self.names():
+            reason = self.why_not(name, spec)
+            lines.append(BackendReport(name, reason, None if reason else getattr(self.get(name), "not_in_auto", None)))
+        return lines
 
     def resolve(self, name: str, spec: AttentionSpec) -> AttentionBackend:
         """The backend that serves `spec`: the one named, or for "auto" the first that can.
@@ -159,10 +168,11 @@ class BackendRegistry:
     def _resolve_auto(self, spec: AttentionSpec) -> str:
         reasons: list[str] = []
         for line in self.report(spec):
-            if line.reason is None:
+            reason = line.reason or line.passed_over
+            if reason is None:
                 _log_choice(line.name, "; ".join(reasons))
                 return line.name
-            reasons.append(f"{line.name}: {line.reason}")
+            reasons.append(f"{line.name}: {reason}")
         raise UnsupportedAttentionError("No attention backend can serve this call. " + "; ".join(reasons))
 
 

@@ -75,6 +75,21 @@ def test_auto_takes_the_first_that_can(picky: BackendRegistry) -> None:
     assert (hstu_attention(narrow, narrow, narrow, offsets, 3) == 0).all()
 
 
+def test_auto_passes_over_a_backend_that_says_so(
+    picky: BackendRegistry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_Picky, "not_in_auto", "it is too new", raising=False)
+    wide, offsets = torch.zeros(3, 1, 64), torch.tensor([0, 3])
+    assert (hstu_attention(wide, wide, wide, offsets, 3) == 0).all()
+    assert (hstu_attention(wide, wide, wide, offsets, 3, backend="picky") == 42).all()
+    assert backends.main(["--qk-dim", "64", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert any(
+        line.split()[:2] == ["picky", "yes"] and "passes it over: it is too new" in line for line in shown.splitlines()
+    )
+    assert "'auto' would choose: torch" in shown
+
+
 def test_built_in_backends_fit_the_protocol() -> None:
     assert isinstance(registry.get("torch"), AttentionBackend)
 

@@ -1,0 +1,246 @@
+"""The CUTLASS attention kernels on a Hopper GPU: right, and how fast.
+
+    python benchmarks/cutlass_check.py [--library FOLDER] [--seconds 40]
+
+Loads libgenrec_attention.so (GENREC_LIBRARY_PATH, or --library), compares forward and backward with an fp32 reference
+on small jagged batches, then times full-length batches. Works in a child process and watches it: a kernel that hangs
+costs its own stage and a restart, not the run. Errors are relative: |x - reference| / |reference|, beside those of
+the same computation rounded to the kernel's dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import selectors
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DIMS = (128, 64, 256)
+STAGE_SECONDS = 8.0
+FIRST_SECONDS = 30.0  # importing PyTorch, creating the context
+
+
+def stages() -> list[tuple[str, Any]]:
+    """Names and arguments of all stages, the most telling ones first."""
+    found: list[tuple[str, Any]] = []
+    for dim in DIMS:
+        found += [(f"forward D={dim} {name}", ("check", dim, case, False, False)) for name, case in CASES.items()]
+    for dim in DIMS:
+        found += [(f"backward D={dim} {name}", ("check", dim, case, True, False)) for name, case in CASES.items()]
+    for dim in DIMS:
+        found += [(f"time D={dim} S={length}", ("time", dim, length)) for length in (4096, 1024)]
+    found += [("backward ordered D=128", ("check", 128, CASES["mixed"], True, True))]
+    found += [("backward ordered D=256", ("check", 256, CASES["causal"], True, True))]
+    found += [("dims 40 and 72", ("check", (40, 72), CASES["mixed"], True, False))]
+    return found
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one full tile": {"lengths": (128,), "causal": False},
+    "causal": {"lengths": (300, 3, 0, 129, 64)},
+    "mixed": {"lengths": (300, 1, 0, 517), "contexts": (3, 1, 0, 5), "targets": (70, 0, 0, 33), "group": 2},
+    "window": {"lengths": (700, 65), "contexts": (4, 0), "targets": (9, 2), "window": 100},
+    "cached": {"lengths": (60, 1, 0, 130), "kv_lengths": (400, 131, 7, 300)},
+}
+
+
+def main() -> int:
+    """Runs the stages in child processes; 0 where all that ran passed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--library", help="folder of libgenrec_attention.so")
+    parser.add_argument("--seconds", type=float, default=60.0, help="stop starting stages after so long")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.library:
+        os.environ["GENREC_LIBRARY_PATH"] = str(Path(options.library).resolve())
+    if options.child is not None:
+        return child(options.child)
+    root = Path(__file__).resolve().parents[1]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    names, at, bad, end = [name for name, _ in stages()], 0, 0, time.monotonic() + options.seconds
+    while at < len(names) and time.monotonic() < end:
+        reached, failures = watch(at, names, end)
+        bad += failures
+        at = max(reached, at + 1)
+    print(f"cutlass_check: {at} of {len(names)} stages, {bad} bad")
+    return 1 if bad else 0
+
+
+def watch(start: int, names: list[str], end: float) -> tuple[int, int]:
+    """A child from stage `start` on; the stage to go on with, and how many went wrong."""
+    process = subprocess.Popen([sys.executable, "-u", __file__, "--child", str(start)], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, bufsize=1)  # fmt: skip
+    assert process.stdout is not None
+    selector = selectors.DefaultSelector()
+    selector.register(process.stdout, selectors.EVENT_READ)
+    os.set_blocking(process.stdout.fileno(), False)
+    at, bad, limit, pending = start, 0, FIRST_SECONDS, ""
+    while True:
+        if not selector.select(timeout=limit) or time.monotonic() > end:
+            process.kill()
+            hung = time.monotonic() <= end
+            print(f"{names[min(at, len(names) - 1)]}: {'HUNG, killed' if hung else 'out of time'}")
+            return (at + 1 if hung else len(names)), bad + hung
+        text = process.stdout.read()
+        if not text:
+            break
+        *lines, pending = (pending + text).split("\n")
+        for line in lines:
+            if line.startswith("STAGE "):
+                at, limit = int(line.split()[1]), STAGE_SECONDS
+            else:
+                print(line, flush=True)
+                bad += line.startswith("BAD")
+    code = process.wait()
+    if code != 0:
+        print(f"{names[min(at, len(names) - 1)]}: child ended with {code}")
+        return at + 1, bad + 1
+    return len(names), bad
+
+
+def child(start: int) -> int:
+    """Runs the stages from `start` on; stops at the first CUDA error, which nothing in a process survives."""
+    import torch
+
+    from genrec.attention import _cutlass_binding
+
+    if start == 0:
+        print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuda", torch.version.cuda)
+        print(_cutlass_binding.library().genrec_attention_instances().decode().replace("\n", "; "))
+    for number, (name, (kind, *arguments)) in enumerate(stages()):
+        if number < start:
+            continue
+        print(f"STAGE {number}")
+        try:
+            print((check if kind == "check" else clock)(name, *arguments))
+            torch.cuda.synchronize()
+        except (RuntimeError, ValueError) as error:
+            print(f"BAD {name}: {type(error).__name__}: {str(error)[:300]}")
+            if "CUDA" in str(error):
+                return 3
+    return 0
+
+
+def inputs(dim: int | tuple[int, int], case: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Tensors and options of a case."""
+    import torch
+
+    from genrec.attention import AttentionMask
+
+    qk_dim, v_dim = dim if isinstance(dim, tuple) else (dim, dim)
+    draw = torch.Generator(device="cuda").manual_seed(1)
+    lengths, kv_lengths = case["lengths"], case.get("kv_lengths", case["lengths"])
+
+    def normal(rows: int, columns: int) -> Any:
+        values = torch.randn(rows, 2, columns, generator=draw, device="cuda", dtype=torch.float32)
+        return values.to(dtype).requires_grad_()
+
+    def counts(name: str) -> Any:
+        return None if name not in case else torch.tensor(case[name], device="cuda")
+
+    mask = AttentionMask(counts("contexts"), counts("targets"), case.get("group", 1), case.get("window"),
+                         case.get("causal", True))  # fmt: skip
+    q, k, v = normal(sum(lengths), qk_dim), normal(sum(kv_lengths), qk_dim), normal(sum(kv_lengths), v_dim)
+    offsets = [torch.tensor([0, *_sums(n)], device="cuda") for n in (lengths, kv_lengths)]
+    options: dict[str, Any] = {"mask": mask, "alpha": qk_dim**-0.5, "scale": 1 / 50}
+    if "kv_lengths" in case:
+        options |= {"kv_offsets": offsets[1], "max_kv_len": max(kv_lengths)}
+    d_out = normal(sum(lengths), v_dim).detach()
+    return {"q": q, "k": k, "v": v, "offsets": offsets[0], "longest": max(lengths), "options": options, "d_out": d_out}
+
+
+def _sums(lengths: tuple[int, ...]) -> list[int]:
+    return [sum(lengths[: i + 1]) for i in range(len(lengths))]
+
+
+def check(name: str, dim: int | tuple[int, int], case: dict[str, Any], backward: bool, ordered: bool) -> str:
+    """One line: errors of the output, or of the three gradients, against the torch backend in fp32."""
+    import torch
+
+    from genrec.attention import hstu_attention
+
+    given = inputs(dim, case, torch.bfloat16)
+    leaves = [given[key] for key in "qkv"]
+    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+
+    def run(tensors: list[Any], backend: str) -> list[Any]:
+        with torch.set_grad_enabled(backward):
+            out = hstu_attention(*tensors, given["offsets"], given["longest"], backend=backend,
+                                 deterministic=ordered, **given["options"])  # fmt: skip
+        if not backward:
+            return [out]
+        return list(torch.autograd.grad(out, tensors, given["d_out"].to(out.dtype)))
+
+    wanted = run(wide, "torch")
+    found = run(leaves, "cutlass")
+    torch.cuda.synchronize()
+    again = run(leaves, "cutlass")
+    words, good = [], True
+    for label, x, y, reference in zip(("dq", "dk", "dv") if backward else ("out",), found, again, wanted, strict=True):
+        error = ((x.float() - reference).norm() / reference.norm()).item()
+        same = torch.equal(x, y)
+        good = good and error < 0.01 and (same or (label == "dq" and not ordered))
+        words.append(f"{label} {error:.2e}{'' if same else ' (not repeated bit by bit)'}")
+        if not error < 0.01:
+            words.append(_where(x.float(), reference))
+    return f"{'ok ' if good else 'BAD'} {name}: " + ", ".join(words)
+
+
+def _where(x: Any, reference: Any) -> str:
+    """Where an error is: by blocks of 64 rows, by head, by blocks of 8 columns; and the first bad elements."""
+    difference = (x - reference).abs().nan_to_num(1e9)
+    bad = difference > 0.05 * reference.abs().max()
+    blocks = [int(part.sum()) for part in bad.split(64)]
+    columns = [int(bad[..., c : c + 8].sum()) for c in range(0, bad.shape[2], 8)]
+    first = [(tuple(i), round(x[tuple(i)].item(), 4), round(reference[tuple(i)].item(), 4))
+             for i in bad.nonzero()[:4].tolist()]  # fmt: skip
+    return f"[bad {int(bad.sum())} of {bad.numel()}; by 64 rows {blocks[:16]}; by head {bad.sum((0, 2)).tolist()}; " \
+           f"by 8 columns {columns}; {first}]"  # fmt: skip
+
+
+def clock(name: str, dim: int, length: int) -> str:
+    """Median time of forward and backward, 4 heads, 128 k tokens, causal, and the rate by the usual count."""
+    import torch
+
+    from genrec.attention import hstu_attention
+
+    heads, batch = 4, 131072 // length
+    q, k, v, d_out = (torch.randn(batch * length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    offsets = torch.arange(batch + 1, device="cuda") * length
+
+    def forward() -> Any:
+        return hstu_attention(*leaves, offsets, length, alpha=dim**-0.5, scale=1 / length, backend="cutlass")
+
+    out = forward()
+    work = 2 * heads * dim * length**2 * batch / 1e12
+    with torch.no_grad():
+        ahead = median(forward)
+    back = median(lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True))
+    return (f"    {name} B={batch}: forward {ahead:.3f} ms {work / ahead * 1e3:.0f} TFLOP/s, "
+            f"backward {back:.3f} ms {2.5 * work / back * 1e3:.0f} TFLOP/s")  # fmt: skip
+
+
+def median(function: Any, times: int = 15) -> float:
+    """Milliseconds, by events, after three calls to warm up."""
+    import torch
+
+    for _ in range(3):
+        function()
+    spans = []
+    for _ in range(times):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in spans)[times // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

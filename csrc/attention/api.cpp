@@ -1,0 +1,292 @@
+// The C interface: checks, copy-engine maps, launches.
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "attention/genrec_attention.h"
+#include "attention/launch.h"
+#include "attention/plan.h"
+
+namespace genrec::attention {
+
+// The generated list of what is built.
+#define GENREC_INSTANCE(dtype, dim, mask)              \
+  ForwardInstance forward_##dtype##_##dim##_##mask();  \
+  BackwardInstance backward_##dtype##_##dim##_##mask();
+#include "instances.inc"
+#undef GENREC_INSTANCE
+
+namespace {
+
+thread_local std::string last_error;
+
+int32_t fail(const std::string& message) {
+  last_error = message;
+  return -1;
+}
+
+int32_t fail(const char* what, cudaError_t error) {
+  return fail(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+const ForwardInstance kForward[] = {
+#define GENREC_INSTANCE(dtype, dim, mask) forward_##dtype##_##dim##_##mask(),
+#include "instances.inc"
+#undef GENREC_INSTANCE
+};
+
+const BackwardInstance kBackward[] = {
+#define GENREC_INSTANCE(dtype, dim, mask) backward_##dtype##_##dim##_##mask(),
+#include "instances.inc"
+#undef GENREC_INSTANCE
+};
+
+const char* dtype_name(int32_t dtype) { return dtype == 0 ? "bf16" : dtype == 1 ? "fp16" : "unknown dtype"; }
+
+bool is_causal(const genrec_attention_problem& p) {
+  return p.contexts == nullptr && p.targets == nullptr && p.window < 0 && p.causal != 0;
+}
+
+// The smallest instance that holds the dims. The general mask covers the causal one.
+template <class Instance, size_t kCount>
+const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p) {
+  const int dim = p.qk_dim > p.v_dim ? p.qk_dim : p.v_dim;
+  const Instance* best = nullptr;
+  for (const Instance& one : table) {
+    if (std::strcmp(one.dtype, dtype_name(p.dtype)) != 0 || one.dim < dim || (one.causal && !is_causal(p))) continue;
+    if (best == nullptr || one.dim < best->dim || (one.dim == best->dim && one.causal)) best = &one;
+  }
+  return best;
+}
+
+int32_t check_problem(const genrec_attention_problem* p) {
+  if (p == nullptr) return fail("no problem given");
+  if (p->heads < 1) return fail("heads must be at least 1, got " + std::to_string(p->heads));
+  for (int32_t dim : {p->qk_dim, p->v_dim}) {
+    if (dim < 8 || dim % 8 != 0)
+      return fail("dims must be multiples of 8 (the copy engine moves 16 bytes), got " + std::to_string(dim));
+  }
+  if (p->sequences < 0) return fail("sequences must not be negative, got " + std::to_string(p->sequences));
+  if (p->target_group < 1) return fail("target_group must be at least 1, got " + std::to_string(p->target_group));
+  for (int64_t rows : {p->query_rows, p->key_rows}) {
+    if (rows < 0 || rows >= int64_t{1} << 31)
+      return fail("rows must be fewer than 2^31, got " + std::to_string(rows));
+  }
+  if (find(kForward, *p) == nullptr || find(kBackward, *p) == nullptr) {
+    return fail(std::string("no kernel is built for ") + dtype_name(p->dtype) + ", qk_dim " +
+                std::to_string(p->qk_dim) + ", v_dim " + std::to_string(p->v_dim));
+  }
+  return 0;
+}
+
+PlanShape plan_shape(const genrec_attention_problem& p) {
+  const ForwardInstance& forward = *find(kForward, p);
+  const BackwardInstance& backward = *find(kBackward, p);
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.queries}, {0, 0, 0}};
+  for (int which = 0; which < kPlanLists; ++which) {
+    const int64_t rows = which == kBackwardKeys ? p.key_rows : p.query_rows;
+    shape.capacity[which] = list_capacity(rows, p.sequences, shape.size[which]);
+  }
+  return shape;
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// Looked up at run time, so that the library loads where there is no driver.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
+                                                                         : nullptr;
+  }();
+  return function;
+}
+
+// A (rows, heads, dim) tensor read in boxes of `box_rows` rows of one head, 64 columns (all, where the instance has
+// fewer); what lies beyond `rows` or `dim` reads as zero.
+int32_t encode(CUtensorMap* map, const char* name, const genrec_attention_problem& p,
+               const genrec_attention_tensor* tensor, int64_t rows, int dim, int instance_dim, int box_rows) {
+  if (tensor == nullptr || tensor->data == nullptr) return fail(std::string(name) + " is missing");
+  if (reinterpret_cast<uintptr_t>(tensor->data) % 16 != 0) return fail(std::string(name) + " is not 16-byte aligned");
+  if (tensor->row_stride % 8 != 0 || (p.heads > 1 && tensor->head_stride % 8 != 0))
+    return fail(std::string("the strides of ") + name + " are not multiples of 8 elements");
+  if (encode_tiled() == nullptr) return fail("the CUDA driver has no cuTensorMapEncodeTiled: it needs CUDA 12 or newer");
+  const int columns = instance_dim < 64 ? instance_dim : 64;
+  // A stride that nothing is reached by must still be a valid one.
+  const int64_t head_stride = p.heads > 1 ? tensor->head_stride : dim;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(p.heads),
+                               static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(head_stride) * 2,
+                                 static_cast<cuuint64_t>(tensor->row_stride) * 2};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult result = encode_tiled()(
+      map, p.dtype == 0 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, tensor->data, sizes,
+      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    return fail(std::string("cuTensorMapEncodeTiled refused ") + name + " with error " + std::to_string(result));
+  return 0;
+}
+
+int32_t check_output(const char* name, const genrec_attention_tensor* tensor) {
+  if (tensor == nullptr || tensor->data == nullptr) return fail(std::string(name) + " is missing");
+  if (reinterpret_cast<uintptr_t>(tensor->data) % 16 != 0 || tensor->row_stride % 8 != 0 || tensor->head_stride % 8 != 0)
+    return fail(std::string(name) + " is not 16-byte aligned in every row");
+  return 0;
+}
+
+Output output(const genrec_attention_tensor* tensor, int dim) {
+  return {tensor->data, tensor->row_stride, tensor->head_stride, dim};
+}
+
+Common common(const genrec_attention_problem& p, int* counter) {
+  return {{p.target_group, p.window, p.causal}, p.heads, 0.5f * p.alpha, p.scale, p.scales, counter};
+}
+
+int32_t multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  return error == cudaSuccess ? 0 : fail("cudaGetDevice", error);
+}
+
+// A persistent kernel needs no more blocks than there may be units of work.
+int blocks_for(int64_t tiles, int heads, int most) {
+  const int64_t units = tiles * heads;
+  return static_cast<int>(units < most ? units : most);
+}
+
+// The backward pass's memory: counters, the order of sums, the sums.
+struct BackwardMemory {
+  int64_t turns_at, sum_at, bytes;
+
+  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, int dim, bool deterministic) {
+    const int64_t tiles = shape.capacity[kBackwardQueries] * p.heads;
+    turns_at = 64;
+    sum_at = turns_at + (deterministic ? (tiles * 2 * 4 + 63) / 64 * 64 : 0);
+    bytes = sum_at + tiles * shape.size[kBackwardQueries] * dim * 4;
+  }
+};
+
+std::string list_instances() {
+  std::string lines;
+  for (const ForwardInstance& one : kForward) {
+    lines += std::string("forward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal\n" : " general\n");
+  }
+  for (const BackwardInstance& one : kBackward) {
+    lines += std::string("backward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal\n" : " general\n");
+  }
+  return lines;
+}
+
+}  // namespace
+
+}  // namespace genrec::attention
+
+using namespace genrec::attention;
+
+const char* genrec_attention_error(void) { return last_error.c_str(); }
+
+int32_t genrec_attention_abi_version(void) { return 1; }
+
+const char* genrec_attention_instances(void) {
+  static const std::string lines = list_instances();
+  return lines.c_str();
+}
+
+int32_t genrec_attention_check(const genrec_attention_problem* problem, int32_t) { return check_problem(problem); }
+
+int64_t genrec_attention_plan_bytes(const genrec_attention_problem* problem) {
+  return check_problem(problem) != 0 ? -1 : plan_shape(*problem).bytes();
+}
+
+int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void* plan, void* stream) {
+  if (check_problem(problem) != 0) return -1;
+  const genrec_attention_problem& p = *problem;
+  if (plan == nullptr || p.query_offsets == nullptr || p.key_offsets == nullptr)
+    return fail("plan, query_offsets and key_offsets must be given");
+  const Batch batch{p.query_offsets, p.key_offsets, p.contexts, p.targets, p.sequences};
+  const cudaError_t error = make_plan(batch, plan_shape(p), plan, static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? 0 : fail("plan_kernel", error);
+}
+
+int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
+                                         int32_t deterministic) {
+  if (check_problem(problem) != 0) return -1;
+  if (!backward) return 64;
+  return BackwardMemory(*problem, plan_shape(*problem), find(kBackward, *problem)->dim, deterministic != 0).bytes;
+}
+
+int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
+                                 const genrec_attention_tensor* q, const genrec_attention_tensor* k,
+                                 const genrec_attention_tensor* v, const genrec_attention_tensor* out, void* stream) {
+  if (check_problem(problem) != 0 || check_output("out", out) != 0) return -1;
+  const genrec_attention_problem& p = *problem;
+  if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
+  if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
+  const ForwardInstance& one = *find(kForward, p);
+  const PlanShape shape = plan_shape(p);
+  ForwardParams params{};
+  int most = 0;
+  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
+      encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
+      encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
+    return -1;
+  const auto on = static_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaMemsetAsync(workspace, 0, 64, on);
+  if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
+  params.common = common(p, static_cast<int*>(workspace));
+  params.list = shape.list(plan, kForwardQueries);
+  params.out = output(out, p.v_dim);
+  error = one.launch(params, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
+  return error == cudaSuccess ? 0 : fail("forward_kernel", error);
+}
+
+int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,
+                                  int32_t deterministic, const genrec_attention_tensor* q,
+                                  const genrec_attention_tensor* k, const genrec_attention_tensor* v,
+                                  const genrec_attention_tensor* d_out, const genrec_attention_tensor* dq,
+                                  const genrec_attention_tensor* dk, const genrec_attention_tensor* dv, void* stream) {
+  if (check_problem(problem) != 0 || check_output("dq", dq) != 0 || check_output("dk", dk) != 0 ||
+      check_output("dv", dv) != 0)
+    return -1;
+  const genrec_attention_problem& p = *problem;
+  if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
+  if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
+  const BackwardInstance& one = *find(kBackward, p);
+  const PlanShape shape = plan_shape(p);
+  BackwardParams params{};
+  int most = 0;
+  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
+      encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
+      encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 ||
+      encode(&params.d_out, "d_out", p, d_out, p.query_rows, p.v_dim, one.dim, one.blocks.queries) != 0 ||
+      multiprocessors(&most) != 0)
+    return -1;
+  const auto on = static_cast<cudaStream_t>(stream);
+  const BackwardMemory memory(p, shape, one.dim, deterministic != 0);
+  char* base = static_cast<char*>(workspace);
+  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.bytes), on);
+  if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
+  params.list = shape.list(plan, kBackwardKeys);
+  params.dk = output(dk, p.qk_dim);
+  params.dv = output(dv, p.v_dim);
+  params.dq_sum = reinterpret_cast<float*>(base + memory.sum_at);
+  params.turns = deterministic ? reinterpret_cast<int*>(base + memory.turns_at) : nullptr;
+  for (int pass = 0; pass < one.blocks.passes; ++pass) {
+    params.common = common(p, reinterpret_cast<int*>(base) + pass);
+    error = one.launch(params, pass, blocks_for(shape.capacity[kBackwardKeys], p.heads, most), on);
+    if (error != cudaSuccess) return fail("backward_kernel", error);
+  }
+  const ConvertParams convert{common(p, nullptr), shape.list(plan, kBackwardQueries), params.dq_sum,
+                              output(dq, p.qk_dim)};
+  error = one.convert(convert, blocks_for(shape.capacity[kBackwardQueries], p.heads, 16 * most), on);
+  return error == cudaSuccess ? 0 : fail("convert_dq_kernel", error);
+}

@@ -1,0 +1,465 @@
+// The backward kernel: dK, dV and dQ in one pass over tiles of keys (two passes for D = 256, see Part).
+//
+// A persistent block holds a tile of keys, 64 rows for each of its two consumer warpgroups, and goes over the tiles of
+// queries that see it. Scores are computed again, transposed: S^T = K Q^T, so that P^T and dS^T, kept in registers, are
+// the A operands of dV += P^T dO and dK += dS^T Q. dS also goes through shared memory, for dQ = dS K over the keys of
+// both warpgroups; dQ of a tile of queries gathers from all tiles of keys in an fp32 buffer in device memory
+// (red.add of 16 bytes in register order: dq.h puts it in order, scaled and rounded, at the end).
+//
+// Hidden pairs get P = dS = 0, rows and columns beyond the sequence among them.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "attention/barriers.h"
+#include "attention/mma.h"
+
+namespace genrec::attention {
+
+// At D = 256 the accumulators of both dK and dV don't fit the registers: one pass gives dV, another dK and dQ. That
+// is one product more than the five of a single pass, at wgmma shapes that shared memory can feed.
+enum class Part { kAll, kValues, kKeysAndQueries };
+
+template <class Element_, int D_, bool kCausal_, Part kPart_>
+struct BackwardShape {
+  using Element = Element_;
+  static constexpr int D = D_;
+  static constexpr bool kCausal = kCausal_;
+  static constexpr Part kPart = kPart_;
+  static constexpr bool kGivesValues = kPart != Part::kKeysAndQueries, kGivesKeys = kPart != Part::kValues;
+  static constexpr int kConsumers = 2;
+  static constexpr int kKeys = 128;
+  static constexpr int kQueries = D <= 32 ? 128 : 64;
+  static constexpr int kQueryStages = D == 256 && kGivesKeys ? 1 : 2;
+  static constexpr int kScoreBuffers = !kGivesKeys ? 0 : D == 256 ? 1 : 2;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // dQ of a tile of queries: 64 rows go to both warpgroups by halves of the columns, 128 by halves of the rows.
+  static constexpr bool kSplitColumns = kQueries == 64;
+  static constexpr int kDqColumns = kSplitColumns ? D / 2 : D;
+
+  using K = cute::Int<kKeys>;
+  using Q = cute::Int<kQueries>;
+  using Warpgroups = cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>;
+  using ScoreMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<K, Q, cute::Int<D>>>(), Warpgroups{}));
+  using OutMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<K, cute::Int<D>, Q>, cute::GMMA::Major::K,
+                                 cute::GMMA::Major::MN>(),
+      Warpgroups{}));
+  using DqMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Q, cute::Int<kDqColumns>, K>,
+                                 cute::GMMA::Major::MN, cute::GMMA::Major::MN>(),
+      cute::Layout<cute::conditional_t<kSplitColumns, cute::Shape<cute::_1, cute::_2, cute::_1>,
+                                       cute::Shape<cute::_2, cute::_1, cute::_1>>>{}));
+
+  struct Work {
+    TileRecord tile;
+    int head;
+  };
+
+  struct alignas(1024) Shared {
+    alignas(1024) Element k[kKeys * D];
+    alignas(1024) Element v[kGivesKeys ? kKeys * D : 64];
+    alignas(1024) Element q[kQueryStages][kQueries * D];
+    alignas(1024) Element d_out[kQueryStages][kQueries * D];
+    alignas(1024) Element ds[kScoreBuffers > 0 ? kScoreBuffers : 1][kScoreBuffers > 0 ? kQueries * kKeys : 64];
+    Ring<1> k_ring, v_ring;
+    Ring<kQueryStages> q_ring, d_out_ring;
+    Ring<2> work_ring;
+    Work work[2];
+  };
+  static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
+};
+
+template <class Shape>
+__device__ inline void backward_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D;
+  Place<2> work(1);
+  Place<1> keys(1);
+  Place<Shape::kQueryStages> q(1);
+  const int heads = p.common.heads, units = *p.list.length * heads;
+  // Every unit comes off the counter: with ordered sums a block may wait for units taken before its own, never after.
+  for (int w = atomicAdd(p.common.counter, 1);; work.next(), keys.next()) {
+    shared.work_ring.empty[work.stage].wait(work.parity);
+    if (w >= units) {
+      shared.work[work.stage].tile.sequence = -1;
+      shared.work_ring.full[work.stage].arrive();
+      return;
+    }
+    const WorkUnit unit = work_unit(w, heads);
+    const TileRecord tile = p.list.tiles[unit.tile];
+    w = atomicAdd(p.common.counter, 1);
+    shared.work[work.stage] = {tile, unit.head};
+    shared.work_ring.full[work.stage].arrive();
+
+    constexpr uint32_t kKeyBytes = kTileBytes<Element, Shape::kKeys, D>;
+    constexpr uint32_t kQueryBytes = kTileBytes<Element, Shape::kQueries, D>;
+    shared.k_ring.empty[0].wait(keys.parity);
+    shared.k_ring.full[0].arrive_and_expect_tx(kKeyBytes);
+    load_tile<Element, Shape::kKeys, D>(p.k, shared.k_ring.full[0], shared.k, tile.key_start + tile.first, unit.head);
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges =
+        mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries);
+    const int count = ranges.count();
+    CUTE_NO_UNROLL
+    for (int i = 0; i < count; ++i) {
+      const int row = tile.query_start + ranges.tile(i) * Shape::kQueries;
+      shared.q_ring.empty[q.stage].wait(q.parity);
+      shared.q_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
+      load_tile<Element, Shape::kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row, unit.head);
+      if (Shape::kGivesKeys && i == 0) {  // after the first Q: S needs K and Q only
+        shared.v_ring.empty[0].wait(keys.parity);
+        shared.v_ring.full[0].arrive_and_expect_tx(kKeyBytes);
+        load_tile<Element, Shape::kKeys, D>(p.v, shared.v_ring.full[0], shared.v, tile.key_start + tile.first,
+                                            unit.head);
+      }
+      shared.d_out_ring.empty[q.stage].wait(q.parity);
+      shared.d_out_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
+      load_tile<Element, Shape::kQueries, D>(p.d_out, shared.d_out_ring.full[q.stage], shared.d_out[q.stage], row,
+                                             unit.head);
+      q.next();
+    }
+    // A tile that nothing sees has no V: the barrier completes without one, so that phases keep step with K's.
+    if (Shape::kGivesKeys && count == 0) {
+      shared.v_ring.empty[0].wait(keys.parity);
+      shared.v_ring.full[0].arrive();
+    }
+  }
+}
+
+// What the consumers know of their tile of keys.
+template <class Shape>
+struct KeyTile {
+  using Mask = SequenceMask<Shape::kCausal>;
+  TileRecord tile;
+  Mask mask;
+  TileRanges ranges;
+  ColumnBand band;
+  ColumnSight low, high;  // who sees the thread's two keys
+  int shift;
+
+  __device__ KeyTile(const TileRecord& t, MaskRule rule, int warpgroup, Lane lane)
+      : tile(t), mask(t.keys, t.contexts, t.targets, rule) {
+    ranges = mask.query_tiles(t.first, t.first + Shape::kKeys, Shape::kQueries, t.queries);
+    band = mask.columns(t.first, t.first + Shape::kKeys);
+    const int key = t.first + 64 * warpgroup + lane.row();
+    low = mask.column(key), high = mask.column(key + 8);
+    shift = t.keys - t.queries;
+  }
+
+  // Calls hide(e) for each of the thread's elements of query tile `m` that nobody may see.
+  template <int kSize, class Hide>
+  __device__ void apply(int m, int column, Hide hide) const {
+    const int i0 = m * Shape::kQueries + shift;
+    if (band.all_seen(i0, i0 + Shape::kQueries)) return;
+    const int first = i0 + column;
+    const ColumnSight a = moved(low, first), b = moved(high, first);
+    CUTE_UNROLL
+    for (int e = 0; e < kSize; ++e) {
+      const ColumnSight& sight = element_row(e) ? b : a;
+      const int i = element_column(e);
+      const bool seen = Shape::kCausal ? (i >= sight.show0) & (i < sight.end) : sight.seen_by(i);
+      if (!seen) hide(e);
+    }
+  }
+
+ private:
+  __device__ static ColumnSight moved(ColumnSight s, int by) {
+    return {s.hide0 - by, s.show0 - by, s.hide1 - by, s.show1 - by, s.end - by};
+  }
+};
+
+// One tile of dQ into the fp32 sum, in register order: 4 neighbouring elements of a thread are 16 bytes, the 128
+// threads' lie side by side. With `turn`, key tiles add one after the other in rising order.
+template <class Dq>
+__device__ inline void add_dq(const Dq& dq, float* sum, int* turn, int rank, int warpgroup) {
+  const int thread = threadIdx.x % 128;
+  if (turn != nullptr) {
+    if (thread == 0) {
+      int taken;
+      do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(taken) : "l"(turn) : "memory");
+      } while (taken != rank);
+    }
+    sync_threads(kTurnTaken + warpgroup, 128);
+  }
+  CUTE_UNROLL
+  for (int e = 0; e < cute::size(dq); e += 4) {
+    add_to_global(sum + e * 128 + thread * 4, dq(e), dq(e + 1), dq(e + 2), dq(e + 3));
+  }
+  if (turn != nullptr) {
+    __threadfence();
+    sync_threads(kTurnTaken + warpgroup, 128);
+    if (thread == 0) {
+      asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+    }
+  }
+}
+
+template <class Shape>
+struct BackwardConsumer {
+  using Element = typename Shape::Element;
+  using Shared = typename Shape::Shared;
+  static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
+  static constexpr int kScores = kQueries / 2;  // elements of S^T that a thread holds
+
+  const BackwardParams& p;
+  Shared& shared;
+  const int warpgroup;
+  const Lane lane;
+  Place<2> work{0};
+  Place<1> keys{0};
+  Place<Shape::kQueryStages> q{0};
+  int buffer = 0;
+
+  __device__ BackwardConsumer(const BackwardParams& params, Shared& memory, int group)
+      : p(params), shared(memory), warpgroup(group) {}
+
+  __device__ void run() {
+    for (;; work.next(), keys.next()) {
+      shared.work_ring.full[work.stage].wait(work.parity);
+      const TileRecord tile = shared.work[work.stage].tile;
+      const int head = shared.work[work.stage].head;
+      release(shared.work_ring.empty[work.stage]);
+      if (tile.sequence < 0) return;
+      const KeyTile<Shape> key_tile(tile, p.common.rule, warpgroup, lane);
+      shared.k_ring.full[0].wait(keys.parity);
+      if constexpr (Shape::kGivesKeys) {
+        one_pass(key_tile, head);
+      } else {
+        values_only(key_tile, head);
+      }
+    }
+  }
+
+ private:
+  static __device__ auto threads() { return cute::make_layout(cute::_2{}, cute::_128{}); }
+
+  template <class Mma>
+  __device__ auto slice(Mma const& mma) const {
+    return mma.get_slice(threads()(warpgroup));
+  }
+
+  __device__ auto staged_queries(Element* data) const {
+    return cute::make_tensor(cute::make_smem_ptr(data), TileLayout<Element, kQueries, D, Shape::kQueryStages>{});
+  }
+
+  __device__ auto staged_queries_transposed(Element* data) const {
+    return cute::make_tensor(cute::make_smem_ptr(data),
+                             TransposedLayout<Element, kQueries, D, Shape::kQueryStages>{});
+  }
+
+  __device__ auto key_rows(Element* data) const {
+    return cute::make_tensor(cute::make_smem_ptr(data), TileLayout<Element, kKeys, D, 1>{});
+  }
+
+  __device__ float scale_of(const TileRecord& tile) const {
+    return p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
+  }
+
+  template <class Acc>
+  __device__ void store(const Acc& acc, float factor, const Output& out, const TileRecord& tile, int head) const {
+    const int first = tile.first + 64 * warpgroup;
+    store_rows<Element>(acc, factor, out, int64_t{tile.key_start} + first, head, 0, tile.keys - first);
+  }
+
+  // dV alone: as the forward pass, with keys in the place of queries.
+  __device__ void values_only(const KeyTile<Shape>& key_tile, int head) {
+    using namespace cute;
+    typename Shape::ScoreMma score_mma;
+    typename Shape::OutMma out_mma;
+    const auto score_slice = slice(score_mma);
+    const auto out_slice = slice(out_mma);
+    const auto k_tile = score_slice.partition_fragment_A(key_rows(shared.k));
+    const auto q_tile = score_slice.partition_fragment_B(staged_queries(shared.q[0]));
+    const auto d_out_tile = out_slice.partition_fragment_B(staged_queries_transposed(shared.d_out[0]));
+    Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
+    clear(dv);
+    auto weights = make_operand<Element, kQueries>();
+    const auto to_weights = [&](auto& scores, int i) {
+      CUTE_UNROLL
+      for (int e = 0; e < kScores; ++e) scores(e) = silu(scores(e), p.common.half_alpha);
+      key_tile.template apply<kScores>(key_tile.ranges.tile(i), lane.column(), [&](int e) { scores(e) = 0.f; });
+    };
+    const int count = key_tile.ranges.count();
+    Place<Shape::kQueryStages> done = q;  // the tile whose dO is still needed
+    CUTE_NO_UNROLL
+    for (int i = 0; i < count; ++i) {
+      Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+      shared.q_ring.full[q.stage].wait(q.parity);
+      issue_product<true>(score_mma, k_tile(_, _, _, 0), q_tile(_, _, _, q.stage), scores);
+      if (i > 0) {
+        shared.d_out_ring.full[done.stage].wait(done.parity);
+        issue_product<false>(out_mma, weights, d_out_tile(_, _, _, done.stage), dv);
+        wait_for<1>(scores);
+      } else {
+        wait_for<0>(scores);
+      }
+      release(shared.q_ring.empty[q.stage]);
+      q.next();
+      to_weights(scores, i);
+      if (i > 0) {
+        wait_for<0>(dv);
+        release(shared.d_out_ring.empty[done.stage]);
+        done.next();
+      }
+      convert<Element>(scores, weights);
+    }
+    release(shared.k_ring.empty[0]);
+    if (count > 0) {
+      shared.d_out_ring.full[done.stage].wait(done.parity);
+      issue_product<false>(out_mma, weights, d_out_tile(_, _, _, done.stage), dv);
+      wait_for<0>(dv);
+      release(shared.d_out_ring.empty[done.stage]);
+    }
+    store(dv, scale_of(key_tile.tile), p.dv, key_tile.tile, head);
+  }
+
+  __device__ void one_pass(const KeyTile<Shape>& key_tile, int head) {
+    using namespace cute;
+    typename Shape::ScoreMma score_mma;
+    typename Shape::OutMma out_mma;
+    typename Shape::DqMma dq_mma;
+    const auto score_slice = slice(score_mma);
+    const auto out_slice = slice(out_mma);
+    const auto dq_slice = slice(dq_mma);
+    const auto k_tile = score_slice.partition_fragment_A(key_rows(shared.k));
+    const auto v_tile = score_slice.partition_fragment_A(key_rows(shared.v));
+    const auto q_tile = score_slice.partition_fragment_B(staged_queries(shared.q[0]));
+    const auto d_out_tile = score_slice.partition_fragment_B(staged_queries(shared.d_out[0]));
+    const auto q_columns = out_slice.partition_fragment_B(staged_queries_transposed(shared.q[0]));
+    const auto d_out_columns = out_slice.partition_fragment_B(staged_queries_transposed(shared.d_out[0]));
+    const auto k_columns = dq_slice.partition_fragment_B(
+        make_tensor(make_smem_ptr(shared.k), TransposedLayout<Element, kKeys, D, 1>{}));
+    using Ds = ScoreLayout<Element, kQueries, kKeys>;
+
+    Tensor dk = partition_fragment_C(out_mma, Extent<kKeys, D>{});
+    Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
+    clear(dk);
+    clear(dv);
+    const int count = key_tile.ranges.count();
+    shared.v_ring.full[0].wait(keys.parity);
+    CUTE_NO_UNROLL
+    for (int i = 0; i < count; ++i, q.next()) {
+      const int m = key_tile.ranges.tile(i);
+      Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+      Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+      shared.q_ring.full[q.stage].wait(q.parity);
+      issue_product<true>(score_mma, k_tile(_, _, _, 0), q_tile(_, _, _, q.stage), scores);
+      shared.d_out_ring.full[q.stage].wait(q.parity);
+      issue_product<true>(score_mma, v_tile(_, _, _, 0), d_out_tile(_, _, _, q.stage), d_weights);
+      wait_for<1>(scores);
+
+      auto weights = make_operand<Element, kQueries>();
+      if constexpr (Shape::kGivesValues) {
+        Tensor values = make_fragment_like(scores);
+        CUTE_UNROLL
+        for (int e = 0; e < kScores; ++e) {
+          const SiluAndDerivative s = silu_and_derivative(scores(e), p.common.half_alpha);
+          values(e) = s.value;
+          scores(e) = s.derivative;
+        }
+        key_tile.template apply<kScores>(m, lane.column(), [&](int e) { values(e) = scores(e) = 0.f; });
+        convert<Element>(values, weights);
+        issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
+        wait_for<1>(d_weights);
+      } else {
+        CUTE_UNROLL
+        for (int e = 0; e < kScores; ++e) {
+          scores(e) = silu_and_derivative(scores(e), p.common.half_alpha).derivative;
+        }
+        key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
+        wait_for<0>(d_weights);
+        release(shared.d_out_ring.empty[q.stage]);
+      }
+      auto ds = make_operand<Element, kQueries>();
+      CUTE_UNROLL
+      for (int e = 0; e < kScores; ++e) d_weights(e) *= scores(e);
+      convert<Element>(d_weights, ds);
+      // One buffer: the other warpgroup's dQ of the tile before must have read it. Two buffers: its dQ of two tiles
+      // ago was complete before it came to the barrier of the last tile, which this one has passed too.
+      if (Shape::kScoreBuffers == 1 && buffer > 0) sync_threads(kDsRead, 256);
+      write_scores(ds, shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1]);
+      sync_threads(kDsWritten, 256);
+
+      const auto ds_tile = dq_slice.partition_fragment_A(
+          make_tensor(make_smem_ptr(shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1]), Ds{}));
+      buffer = Shape::kScoreBuffers == 1 ? 1 : buffer + 1;
+      Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
+      issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
+      issue_product<true>(dq_mma, ds_tile, k_columns(_, _, _, 0), dq);
+      if constexpr (Shape::kGivesValues) {
+        wait_for<2>(dv);
+        release(shared.d_out_ring.empty[q.stage]);
+      }
+      wait_for<1>(dk);
+      release(shared.q_ring.empty[q.stage]);
+      wait_for<0>(dq);
+      gather(dq, key_tile, m, head);
+    }
+    release(shared.k_ring.empty[0]);
+    release(shared.v_ring.empty[0]);
+    const float scale = scale_of(key_tile.tile);
+    store(dk, 2.f * p.common.half_alpha * scale, p.dk, key_tile.tile, head);
+    if constexpr (Shape::kGivesValues) store(dv, scale, p.dv, key_tile.tile, head);
+  }
+
+  // dS^T from registers to a (queries, keys) matrix, queries contiguous, for the tensor cores to read.
+  template <class Operand>
+  __device__ void write_scores(const Operand& ds, Element* to) const {
+    const uint32_t base = cute::cast_smem_ptr_to_uint(to);
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&ds(0));
+    const int key = 64 * warpgroup + 16 * lane.warp + lane.lane % 16;
+    CUTE_UNROLL
+    for (int g = 0; g < kScores / 8; ++g) {  // 16 queries: two blocks of 8, each for the keys' two halves
+      const int query = 16 * g + lane.lane / 16 * 8;
+      store_matrices(base + score_offset<kKeys>(query, key), words[4 * g], words[4 * g + 1], words[4 * g + 2],
+                     words[4 * g + 3]);
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
+
+  template <class Dq>
+  __device__ void gather(const Dq& dq, const KeyTile<Shape>& key_tile, int m, int head) const {
+    const TileRecord& tile = key_tile.tile;
+    const int64_t padded = first_padded_tile(tile.query_start, tile.sequence, kQueries) + m;
+    const int64_t place = (padded * p.common.heads + head) * 2 + warpgroup;
+    int rank = 0;
+    int* turn = nullptr;
+    if (p.turns != nullptr) {
+      const int i0 = m * kQueries + key_tile.shift;
+      rank = key_tile.mask.key_tiles(i0, smaller(i0 + kQueries, tile.keys), kKeys).rank(tile.first / kKeys);
+      turn = p.turns + place;
+    }
+    add_dq(dq, p.dq_sum + place * (kQueries * D / 2), turn, rank, warpgroup);
+  }
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
+  extern __shared__ char memory[];
+  auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
+  if (threadIdx.x == 0) {
+    constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;
+    shared.k_ring.init(kArrivals);
+    shared.v_ring.init(kArrivals);
+    shared.q_ring.init(kArrivals);
+    shared.d_out_ring.init(kArrivals);
+    shared.work_ring.init(kArrivals);
+    cutlass::arch::fence_barrier_init();
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) cute::prefetch_tma_descriptor(map);
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) backward_produce<Shape>(p, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
+    BackwardConsumer<Shape>(p, shared, warpgroup - 1).run();
+  }
+}
+
+}  // namespace genrec::attention

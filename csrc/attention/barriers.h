@@ -1,0 +1,78 @@
+// Rings of shared-memory buffers between one producing thread and the consuming warpgroups, and ordered turns.
+//
+// Each buffer has a "full" barrier (one arrival: the producer's, with the bytes that the copy engine will bring) and an
+// "empty" one (one arrival per consuming warpgroup). A barrier's phase flips with every completion; a fresh barrier is
+// in phase 0, so waiting for phase parity 1 passes at once: the producer starts with parity 1, the consumers with 0,
+// and both flip theirs when they wrap around.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+namespace genrec::attention {
+
+template <int kStages>
+struct Ring {
+  cutlass::arch::ClusterTransactionBarrier full[kStages];
+  cutlass::arch::ClusterBarrier empty[kStages];
+
+  __device__ void init(int consumers) {
+    for (int s = 0; s < kStages; ++s) {
+      full[s].init(1);
+      empty[s].init(consumers);
+    }
+  }
+};
+
+// A place in a ring. `kStart`: parity of the first wait, 1 for the producer, 0 for a consumer.
+template <int kStages>
+struct Place {
+  int stage = 0;
+  uint32_t parity;
+
+  __device__ explicit Place(uint32_t start) : parity(start) {}
+
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One thread of a warpgroup speaks for all 128. The warpgroup's own wgmma instructions must have completed in every
+// warp before the buffer is given back, so each of the four warps arrives.
+constexpr int kArrivalsPerWarpgroup = 4;
+
+__device__ inline void release(const cutlass::arch::ClusterBarrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) empty.arrive();
+}
+
+// Consumer warpgroups issue their matrix products in turn: while one has the tensor cores, the others compute SiLU.
+// Turn w is the named barrier kFirstTurn + w; 128 threads wait for it, the 128 of the warpgroup before arrive.
+constexpr uint32_t kFirstTurn = 1, kDsWritten = 5, kDsRead = 6, kTurnTaken = 7;
+
+template <int kWarpgroups>
+struct Turns {
+  int own;
+
+  __device__ explicit Turns(int warpgroup) : own(warpgroup) {
+    if (kWarpgroups > 1 && own == kWarpgroups - 1) pass();
+  }
+  __device__ void wait() const {
+    if (kWarpgroups > 1) asm volatile("bar.sync %0, 256;" ::"r"(kFirstTurn + own) : "memory");
+  }
+  __device__ void pass() const {
+    if (kWarpgroups > 1) asm volatile("bar.arrive %0, 256;" ::"r"(kFirstTurn + (own + 1) % kWarpgroups) : "memory");
+  }
+  // The first warpgroup takes the last turn that was passed, so that no arrival is left over.
+  __device__ void finish() const {
+    if (own == 0) wait();
+  }
+};
+
+__device__ inline void sync_threads(uint32_t barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+}  // namespace genrec::attention

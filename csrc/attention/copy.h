@@ -1,0 +1,72 @@
+// Tiles in shared memory: how they lie there, and the copies that bring them.
+//
+// A tile of ROWS x D elements lies in chunks of 64 columns (32 for D = 32), each ROWS rows of 128 (64) bytes, swizzled
+// over 8 rows: what one box of the copy engine writes and what wgmma's descriptors read. Rows beyond the tensor and
+// columns beyond its dim are filled with zeros by the copy engine, so dims that aren't native need no padding in
+// memory. Rows beyond a sequence hold its neighbour's: they are masked or not stored.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/tensor.hpp>
+
+namespace genrec::attention {
+
+template <int D>
+constexpr int kChunk = D < 64 ? D : 64;
+
+template <class Element, int D>
+using RowAtom = cute::conditional_t<D % 64 == 0, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_K_SW64_Atom<Element>>;
+
+// (kRows, D, kStages), D contiguous: an operand whose inner dimension is D.
+template <class Element, int kRows, int D, int kStages>
+using TileLayout = decltype(cute::tile_to_shape(
+    RowAtom<Element, D>{}, cute::Shape<cute::Int<kRows>, cute::Int<D>, cute::Int<kStages>>{}));
+
+// The same memory as (D, kRows, kStages): an operand whose inner dimension is the rows.
+template <class Element, int kRows, int D, int kStages>
+using TransposedLayout = decltype(cute::composition(
+    TileLayout<Element, kRows, D, kStages>{},
+    cute::Layout<cute::Shape<cute::Int<D>, cute::Int<kRows>, cute::Int<kStages>>,
+                 cute::Stride<cute::Int<kRows>, cute::_1, cute::Int<kRows * D>>>{}));
+
+template <class Element, int kRows, int D>
+constexpr uint32_t kTileBytes = kRows * D * sizeof(Element);
+
+// Rows [row, row + kRows) of one head into `tile`. One thread calls it, having told `full` of kTileBytes bytes.
+template <class Element, int kRows, int D>
+__device__ inline void load_tile(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full, Element* tile,
+                                 int row, int head) {
+  // Evict-normal: keys and values are read by many blocks at the same time, all from the L2 cache.
+  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  CUTE_UNROLL
+  for (int c = 0; c < D / kChunk<D>; ++c) {
+    cute::SM90_TMA_LOAD_3D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, tile + c * kRows * kChunk<D>,
+                                 c * kChunk<D>, head, row);
+  }
+}
+
+// A 128-byte-swizzled (queries, keys) matrix, queries contiguous: chunks of 64 queries, each kKeys rows of 128 bytes.
+template <class Element, int kQueries, int kKeys>
+using ScoreLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Element>{},
+                                                 cute::Shape<cute::Int<kQueries>, cute::Int<kKeys>>{},
+                                                 cute::Step<cute::_2, cute::_1>{}));
+
+// Byte offset of (query, key) there; the same function as ScoreLayout (tests/layout_test.cu).
+template <int kKeys>
+CUTE_HOST_DEVICE constexpr int score_offset(int query, int key) {
+  return (query / 64 * kKeys + key) * 128 + ((query % 64 * 2) ^ (key % 8 * 16));
+}
+
+__device__ inline void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+__device__ inline void add_to_global(float* where, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(where), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
+}  // namespace genrec::attention

@@ -1,0 +1,251 @@
+// The forward kernel: O = (SiLU(alpha Q K^T) masked) V * scale, jagged, without softmax: no running maximum, no rescaling.
+//
+// Persistent blocks take tiles of queries off a list. One thread of the first warpgroup brings Q, K and V tiles by the
+// copy engine, the other warpgroups compute: each holds 64 queries' rows of S and O in registers. Within a warpgroup
+// the product S of the next key tile and the product P V of this one are in flight together; SiLU of the next runs while
+// P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside another's products.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "attention/barriers.h"
+#include "attention/mma.h"
+
+namespace genrec::attention {
+
+template <class Element_, int D_, bool kCausal_>
+struct ForwardShape {
+  using Element = Element_;
+  static constexpr int D = D_;
+  static constexpr bool kCausal = kCausal_;
+  // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three).
+  static constexpr int kConsumers = D <= 64 ? 3 : 2;
+  static constexpr int kQueries = 64 * kConsumers;
+  static constexpr int kKeys = D == 256 ? 64 : 128;
+  // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
+  static constexpr int kQueryStages = D == 256 ? 1 : 2;
+  static constexpr int kKeyStages = D <= 64 ? 4 : 2;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+
+  using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
+  using ScoreMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kQueries>, cute::Int<kKeys>, cute::Int<D>>>(),
+      Warpgroups{}));
+  using OutMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kQueries>, cute::Int<D>, cute::Int<kKeys>>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
+      Warpgroups{}));
+
+  struct Work {
+    TileRecord tile;
+    int head;
+  };
+
+  struct alignas(1024) Shared {
+    alignas(1024) Element q[kQueryStages][kQueries * D];
+    alignas(1024) Element k[kKeyStages][kKeys * D];
+    alignas(1024) Element v[kKeyStages][kKeys * D];
+    Ring<kQueryStages> q_ring;
+    Ring<kKeyStages> k_ring, v_ring;
+    Ring<2> work_ring;
+    Work work[2];
+  };
+  static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
+};
+
+// The tiles of keys that a tile of queries needs; both roles ask, and must agree.
+template <class Shape>
+__device__ inline TileRanges forward_key_tiles(const SequenceMask<Shape::kCausal>& mask, const TileRecord& tile) {
+  const int i0 = tile.first + tile.keys - tile.queries;
+  return mask.key_tiles(i0, smaller(i0 + Shape::kQueries, tile.keys), Shape::kKeys);
+}
+
+template <class Shape>
+__device__ inline void forward_produce(const ForwardParams& p, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D;
+  Place<2> work(1);
+  Place<Shape::kQueryStages> q(1);
+  Place<Shape::kKeyStages> k(1), v(1);
+  const int heads = p.common.heads, units = *p.list.length * heads;
+  for (int w = blockIdx.x;; work.next()) {
+    shared.work_ring.empty[work.stage].wait(work.parity);
+    if (w >= units) {
+      shared.work[work.stage].tile.sequence = -1;
+      shared.work_ring.full[work.stage].arrive();
+      return;
+    }
+    const WorkUnit unit = work_unit(w, heads);
+    const TileRecord tile = p.list.tiles[unit.tile];
+    const int following = atomicAdd(p.common.counter, 1) + gridDim.x;  // used only after the loads below
+    shared.work[work.stage] = {tile, unit.head};
+    shared.work_ring.full[work.stage].arrive();
+
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+    const auto load_keys = [&](int n) {
+      shared.k_ring.empty[k.stage].wait(k.parity);
+      shared.k_ring.full[k.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
+      load_tile<Element, Shape::kKeys, D>(p.k, shared.k_ring.full[k.stage], shared.k[k.stage],
+                                          tile.key_start + n * Shape::kKeys, unit.head);
+      k.next();
+    };
+    const auto load_values = [&](int n) {
+      shared.v_ring.empty[v.stage].wait(v.parity);
+      shared.v_ring.full[v.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
+      load_tile<Element, Shape::kKeys, D>(p.v, shared.v_ring.full[v.stage], shared.v[v.stage],
+                                          tile.key_start + n * Shape::kKeys, unit.head);
+      v.next();
+    };
+    shared.q_ring.empty[q.stage].wait(q.parity);
+    shared.q_ring.full[q.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kQueries, D>);
+    load_tile<Element, Shape::kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage],
+                                           tile.query_start + tile.first, unit.head);
+    q.next();
+    // In the order in which they are waited for: K0 K1 V0 K2 V1 ... Any other would let one load wait for a buffer
+    // that only a later one's consumer gives back.
+    const int count = ranges.count();
+    CUTE_NO_UNROLL
+    for (int n = 0; n < count; ++n) {
+      load_keys(ranges.tile(n));
+      if (n > 0) load_values(ranges.tile(n - 1));
+    }
+    if (count > 0) load_values(ranges.tile(count - 1));
+    w = following;
+  }
+}
+
+// Scores of 64 queries and a key tile to weights, in place. `low`, `high`: what the thread's two rows see.
+template <class Shape, class Scores>
+__device__ inline void weigh(Scores& scores, float half_alpha, bool masked, RowSight low, RowSight high, int column) {
+  CUTE_UNROLL
+  for (int e = 0; e < cute::size(scores); ++e) scores(e) = silu(scores(e), half_alpha);
+  if (!masked) return;
+  for (RowSight* sight : {&low, &high}) sight->head -= column, sight->begin -= column, sight->end -= column;
+  CUTE_UNROLL
+  for (int e = 0; e < cute::size(scores); ++e) {
+    const RowSight& sight = element_row(e) ? high : low;
+    const int j = element_column(e);
+    const bool seen = Shape::kCausal ? j < sight.head : sight.sees(j);
+    scores(e) = seen ? scores(e) : 0.f;
+  }
+}
+
+template <class Shape>
+__device__ inline void forward_consume(const ForwardParams& p, typename Shape::Shared& shared, int warpgroup) {
+  using namespace cute;
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D;
+  typename Shape::ScoreMma score_mma;
+  typename Shape::OutMma out_mma;
+  const auto threads = make_layout(Int<Shape::kConsumers>{}, Int<128>{});
+  const auto score_slice = score_mma.get_slice(threads(warpgroup));
+  const auto out_slice = out_mma.get_slice(threads(warpgroup));
+  const auto q_tile = score_slice.partition_fragment_A(make_tensor(
+      make_smem_ptr(shared.q[0]), TileLayout<Element, Shape::kQueries, D, Shape::kQueryStages>{}));
+  const auto k_tile = score_slice.partition_fragment_B(make_tensor(
+      make_smem_ptr(shared.k[0]), TileLayout<Element, Shape::kKeys, D, Shape::kKeyStages>{}));
+  const auto v_tile = out_slice.partition_fragment_B(make_tensor(
+      make_smem_ptr(shared.v[0]), TransposedLayout<Element, Shape::kKeys, D, Shape::kKeyStages>{}));
+
+  const Lane lane;
+  const Turns<Shape::kConsumers> turns(warpgroup);
+  Place<2> work(0);
+  Place<Shape::kQueryStages> q(0);
+  Place<Shape::kKeyStages> k(0), v(0);
+  for (;; work.next(), q.next()) {
+    shared.work_ring.full[work.stage].wait(work.parity);
+    const TileRecord tile = shared.work[work.stage].tile;
+    const int head = shared.work[work.stage].head;
+    release(shared.work_ring.empty[work.stage]);
+    if (tile.sequence < 0) break;
+
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+    const int count = ranges.count(), i0 = tile.first + tile.keys - tile.queries;
+    const int i1 = smaller(i0 + Shape::kQueries, tile.keys), row = i0 + 64 * warpgroup + lane.row();
+    const RowSight low = mask.row(row), high = mask.row(row + 8);
+    const RowBand band = mask.rows(i0, i1);
+    const auto to_weights = [&](auto& scores, int n) {
+      const int j0 = ranges.tile(n) * Shape::kKeys;
+      const bool masked = !band.all_see(j0, j0 + Shape::kKeys);
+      weigh<Shape>(scores, p.common.half_alpha, masked, low, high, j0 + lane.column());
+    };
+
+    Tensor out = partition_fragment_C(out_mma, Extent<Shape::kQueries, D>{});
+    clear(out);
+    shared.q_ring.full[q.stage].wait(q.parity);
+    if (count > 0) {
+      auto weights = make_operand<Element, Shape::kKeys>();
+      {
+        Tensor scores = partition_fragment_C(score_mma, Extent<Shape::kQueries, Shape::kKeys>{});
+        shared.k_ring.full[k.stage].wait(k.parity);
+        turns.wait();
+        issue_product<true>(score_mma, q_tile(_, _, _, q.stage), k_tile(_, _, _, k.stage), scores);
+        turns.pass();
+        wait_for<0>(scores);
+        release(shared.k_ring.empty[k.stage]);
+        k.next();
+        to_weights(scores, 0);
+        convert<Element>(scores, weights);
+      }
+      CUTE_NO_UNROLL
+      for (int n = 1; n < count; ++n) {
+        Tensor scores = partition_fragment_C(score_mma, Extent<Shape::kQueries, Shape::kKeys>{});
+        shared.k_ring.full[k.stage].wait(k.parity);
+        turns.wait();
+        issue_product<true>(score_mma, q_tile(_, _, _, q.stage), k_tile(_, _, _, k.stage), scores);
+        shared.v_ring.full[v.stage].wait(v.parity);
+        issue_product<false>(out_mma, weights, v_tile(_, _, _, v.stage), out);
+        turns.pass();
+        wait_for<1>(scores);
+        release(shared.k_ring.empty[k.stage]);
+        k.next();
+        to_weights(scores, n);
+        wait_for<0>(out);
+        release(shared.v_ring.empty[v.stage]);
+        v.next();
+        convert<Element>(scores, weights);
+      }
+      shared.v_ring.full[v.stage].wait(v.parity);
+      issue_product<false>(out_mma, weights, v_tile(_, _, _, v.stage), out);
+      wait_for<0>(out);
+      release(shared.v_ring.empty[v.stage]);
+      v.next();
+    }
+    release(shared.q_ring.empty[q.stage]);
+    const int first = tile.first + 64 * warpgroup;
+    const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
+    store_rows<Element>(out, scale, p.out, int64_t{tile.query_start} + first, head, 0, tile.queries - first);
+  }
+  turns.finish();
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
+  extern __shared__ char memory[];
+  auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
+  if (threadIdx.x == 0) {
+    shared.q_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
+    shared.k_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
+    shared.v_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
+    shared.work_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
+    cutlass::arch::fence_barrier_init();
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) cute::prefetch_tma_descriptor(map);
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) forward_produce<Shape>(p, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
+    forward_consume<Shape>(p, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace genrec::attention

@@ -1,0 +1,56 @@
+// C interface of the CUTLASS attention kernels for Hopper (compute capability 9.0): pointers, sizes, strides, a stream.
+// Functions that can fail return 0, or -1 with a message from genrec_attention_error(). All work is queued on the
+// stream, of the current device; nothing waits for it. Calls from several threads are fine.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/macros.h"
+
+// A (rows, heads, dim) tensor in device memory: 16-byte aligned, dim contiguous, strides in elements and multiples of 8.
+typedef struct {
+  void* data;
+  int64_t row_stride, head_stride;
+} genrec_attention_tensor;
+
+typedef struct {
+  int32_t dtype;                 // 0 bf16, 1 fp16: of all tensors
+  int32_t heads, qk_dim, v_dim;  // dims: multiples of 8
+  int32_t sequences;
+  int32_t target_group;          // 1 and up
+  int32_t window;                // -1 for none
+  int32_t causal;
+  int64_t query_rows, key_rows;  // of all sequences together; below 2^31
+  const int32_t* query_offsets;  // (sequences + 1,) in device memory, as all below
+  const int32_t* key_offsets;
+  const int32_t* contexts;       // (sequences,) or null
+  const int32_t* targets;
+  const float* scales;           // (sequences,), or null for `scale`
+  float alpha, scale;
+} genrec_attention_problem;
+
+GENREC_API const char* genrec_attention_error(void);
+GENREC_API int32_t genrec_attention_abi_version(void);
+// The kernels that this library holds, "forward bf16 128 causal" and the like, one a line.
+GENREC_API const char* genrec_attention_instances(void);
+
+// 0 where the library can run the problem (device pointers aren't looked at), else -1 and the reason.
+GENREC_API int32_t genrec_attention_check(const genrec_attention_problem* problem, int32_t backward);
+
+// A plan lists the batch's tiles. It depends on lengths, counts, dtype and dims only: the layers of a model share it.
+GENREC_API int64_t genrec_attention_plan_bytes(const genrec_attention_problem* problem);
+GENREC_API int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void* plan, void* stream);
+
+// Device memory that a call may write to; 16-byte aligned. -1 on errors.
+GENREC_API int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
+                                                    int32_t deterministic);
+GENREC_API int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
+                                            const genrec_attention_tensor* q, const genrec_attention_tensor* k,
+                                            const genrec_attention_tensor* v, const genrec_attention_tensor* out,
+                                            void* stream);
+GENREC_API int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan,
+                                             void* workspace, int32_t deterministic,
+                                             const genrec_attention_tensor* q, const genrec_attention_tensor* k,
+                                             const genrec_attention_tensor* v, const genrec_attention_tensor* d_out,
+                                             const genrec_attention_tensor* dq, const genrec_attention_tensor* dk,
+                                             const genrec_attention_tensor* dv, void* stream);

@@ -1,0 +1,24 @@
+// The generated files hold one line each: GENREC_FORWARD(bf16, 128, causal).
+#pragma once
+
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include "attention/launch.h"
+
+namespace genrec::attention {
+
+using bf16 = cutlass::bfloat16_t;
+using fp16 = cutlass::half_t;
+constexpr bool kMask_causal = true, kMask_general = false;
+
+template <class Kernel, class Params>
+cudaError_t launch_kernel(Kernel kernel, const Params& params, int blocks, int threads, size_t shared,
+                          cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  kernel<<<blocks, threads, shared, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace genrec::attention

@@ -1,0 +1,25 @@
+// GENREC_FORWARD(dtype, dim, mask): one forward kernel and its entry in the table.
+#pragma once
+
+#include "attention/forward.h"
+#include "attention/instantiate.h"
+
+namespace genrec::attention {
+
+template <class Shape>
+ForwardInstance forward_instance(const char* dtype) {
+  return {dtype, Shape::D, Shape::kCausal, {Shape::kQueries, Shape::kKeys},
+          [](const ForwardParams& params, int blocks, cudaStream_t stream) {
+            return launch_kernel(forward_kernel<Shape>, params, blocks, Shape::kThreads,
+                                 sizeof(typename Shape::Shared), stream);
+          }};
+}
+
+}  // namespace genrec::attention
+
+#define GENREC_FORWARD(dtype, dim, mask)                                                  \
+  namespace genrec::attention {                                                           \
+  ForwardInstance forward_##dtype##_##dim##_##mask() {                                    \
+    return forward_instance<ForwardShape<dtype, dim, kMask_##mask>>(#dtype);              \
+  }                                                                                       \
+  }

@@ -1,0 +1,35 @@
+// One kernel instantiation: how it is launched, and what the host must know of its shape.
+#pragma once
+
+#include "attention/params.h"
+
+namespace genrec::attention {
+
+// Rows of the tiles of a shape: the boxes of the copy engine, and the lists of a plan.
+struct ForwardBlocks {
+  int queries, keys;
+};
+
+struct BackwardBlocks {
+  int queries, keys, passes;
+};
+
+struct ForwardInstance {
+  const char* dtype;
+  int dim;
+  bool causal;
+  ForwardBlocks blocks;
+  cudaError_t (*launch)(const ForwardParams&, int blocks, cudaStream_t);
+};
+
+struct BackwardInstance {
+  const char* dtype;
+  int dim;
+  bool causal;
+  BackwardBlocks blocks;
+  // `pass` counts from 0; each needs a counter of its own.
+  cudaError_t (*launch)(const BackwardParams&, int pass, int blocks, cudaStream_t);
+  cudaError_t (*convert)(const ConvertParams&, int blocks, cudaStream_t);
+};
+
+}  // namespace genrec::attention

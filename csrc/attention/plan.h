@@ -1,0 +1,30 @@
+// A plan in device memory: the lengths of three lists of tiles, then the lists.
+#pragma once
+
+#include "attention/params.h"
+
+namespace genrec::attention {
+
+enum PlanList : int { kForwardQueries = 0, kBackwardKeys = 1, kBackwardQueries = 2, kPlanLists = 3 };
+
+constexpr int64_t kPlanHeaderBytes = 64;
+
+struct PlanShape {
+  int size[kPlanLists];          // rows of a tile
+  int64_t capacity[kPlanLists];  // tiles that a list has room for
+
+  int64_t bytes() const {
+    return kPlanHeaderBytes + (capacity[0] + capacity[1] + capacity[2]) * static_cast<int64_t>(sizeof(TileRecord));
+  }
+
+  // Where list `which` of the plan at `plan` lies.
+  WorkList list(const void* plan, int which) const {
+    const char* tiles = static_cast<const char*>(plan) + kPlanHeaderBytes;
+    for (int before = 0; before < which; ++before) tiles += capacity[before] * static_cast<int64_t>(sizeof(TileRecord));
+    return {static_cast<const int*>(plan) + which, reinterpret_cast<const TileRecord*>(tiles)};
+  }
+};
+
+cudaError_t make_plan(const Batch& batch, const PlanShape& shape, void* plan, cudaStream_t stream);
+
+}  // namespace genrec::attention

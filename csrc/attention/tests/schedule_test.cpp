@@ -1,0 +1,104 @@
+// schedule.h on the host: every tile of every sequence is listed once, long sequences first, in the promised order.
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "attention/schedule.h"
+
+using namespace genrec::attention;
+
+namespace {
+
+long checks = 0;
+
+void check(bool good, const char* what, int a, int b) {
+  ++checks;
+  if (good) return;
+  std::printf("%s: %d %d\n", what, a, b);
+  std::exit(1);
+}
+
+std::vector<TileRecord> build(const Batch& batch, ListKind kind, int size, int64_t capacity, int threads) {
+  ListScratch scratch{};
+  for (int t = 0; t < threads; ++t) list_phase_count(scratch, batch, kind, size, t, threads);
+  const int length = list_phase_sum(scratch);
+  check(length <= capacity, "a list outgrows its room", length, static_cast<int>(capacity));
+  std::vector<TileRecord> list(length + 1, TileRecord{-7, 0, 0, 0, 0, 0, 0, 0});
+  for (int t = threads - 1; t >= 0; --t) list_phase_write(scratch, batch, kind, size, list.data(), t, threads);
+  check(list.back().sequence == -7, "written beyond the end", length, list.back().sequence);
+  list.pop_back();
+  return list;
+}
+
+void check_batch(const std::vector<int>& queries, const std::vector<int>& keys, const std::vector<int>& contexts,
+                 int size) {
+  const int n = static_cast<int>(queries.size());
+  std::vector<int> query_offsets{0}, key_offsets{0};
+  for (int b = 0; b < n; ++b) {
+    query_offsets.push_back(query_offsets.back() + queries[b]);
+    key_offsets.push_back(key_offsets.back() + keys[b]);
+  }
+  const Batch batch{query_offsets.data(), key_offsets.data(), contexts.data(), nullptr, n};
+  for (ListKind kind : {ListKind::kQueries, ListKind::kKeys}) {
+    const bool of_queries = kind == ListKind::kQueries;
+    const std::vector<int>& lengths = of_queries ? queries : keys;
+    const int rows = of_queries ? query_offsets.back() : key_offsets.back();
+    const std::vector<TileRecord> list = build(batch, kind, size, list_capacity(rows, n, size), 1 + n % 5);
+    std::set<std::pair<int, int>> seen;
+    std::map<int, int> last;
+    int longest = kNever;
+    for (const TileRecord& t : list) {
+      const int b = t.sequence;
+      check(b >= 0 && b < n, "sequence", b, n);
+      check(t.first % size == 0 && t.first < lengths[b], "first row", t.first, lengths[b]);
+      check(seen.insert({b, t.first}).second, "a tile twice", b, t.first);
+      check(t.queries == queries[b] && t.query_start == query_offsets[b], "queries", b, t.queries);
+      check(t.keys == keys[b] && t.key_start == key_offsets[b], "keys", b, t.keys);
+      check(t.contexts == contexts[b] && t.targets == 0, "counts", b, t.contexts);
+      if (last.count(b)) {
+        check(t.first == last[b] + (of_queries ? -size : size), "order within a sequence", t.first, last[b]);
+      } else {
+        check(divide_up(lengths[b], size) <= longest, "long sequences first", b, longest);
+        longest = divide_up(lengths[b], size);
+        if (longest >= kLengthBuckets) longest = kNever;
+      }
+      last[b] = t.first;
+    }
+    size_t want = 0;
+    for (int b = 0; b < n; ++b) want += divide_up(lengths[b], size);
+    check(seen.size() == want, "tiles missing", static_cast<int>(seen.size()), static_cast<int>(want));
+  }
+  // The fp32 sums of dQ: no two sequences share a tile, and all fit the room that the host reserves.
+  int64_t next = 0;
+  for (int b = 0; b < n; ++b) {
+    const int64_t first = first_padded_tile(query_offsets[b], b, size);
+    check(first >= next, "padded tiles overlap", b, static_cast<int>(first));
+    next = first + divide_up(queries[b], size);
+  }
+  check(next <= list_capacity(query_offsets.back(), n, size), "padded tiles outgrow their room", n, size);
+}
+
+}  // namespace
+
+int main() {
+  unsigned state = 7;
+  auto draw = [&state](int n) { return static_cast<int>((state = state * 1664525u + 1013904223u) >> 8) % n; };
+  for (int round = 0; round < 3000; ++round) {
+    const int n = draw(12), size = 1 + draw(9), longest = draw(2) ? 30 : 3;
+    std::vector<int> queries, keys, contexts;
+    for (int b = 0; b < n; ++b) {
+      keys.push_back(draw(4) ? draw(longest + 1) : 0);
+      queries.push_back(draw(3) ? keys[b] : draw(keys[b] + 1));
+      contexts.push_back(draw(3));
+    }
+    check_batch(queries, keys, contexts, size);
+  }
+  check_batch({5000, 1, 3000}, {5000, 1, 3000}, {1, 0, 2}, 1);  // more tiles than there are buckets
+  for (int w = 0; w < 100; ++w) {
+    const WorkUnit unit = work_unit(w, 3);
+    check(unit.tile * 3 + unit.head == w && unit.head < 3, "unit", w, unit.head);
+  }
+  std::printf("ok %ld checks\n", checks);
+}

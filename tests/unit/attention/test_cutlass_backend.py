@@ -1,0 +1,105 @@
+"""What the cutlass backend says it serves, and its ops' shapes; nothing here runs a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from genrec._native import NativeLibraryError
+from genrec.attention import AttentionSpec, _cutlass_binding, cutlass_backend, hstu_attention
+from genrec.attention.cutlass_backend import CutlassBackend
+from genrec.attention.registry import UnsupportedAttentionError
+
+SPEC = AttentionSpec("cuda", torch.bfloat16, 4, 128, 128, capability=(9, 0))
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> CutlassBackend:
+    """A backend whose library takes every problem."""
+    monkeypatch.setattr(_cutlass_binding, "why_not", lambda problem, backward: None)
+    return CutlassBackend()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cpu", "capability": None}, "Hopper GPUs .* only, not on cpu"),
+        ({"capability": (8, 0)}, r"not on cuda of capability \(8, 0\)"),
+        ({"capability": (10, 0)}, "Hopper"),
+        ({"dtype": torch.float32}, "bfloat16 or float16"),
+        ({"bias": "relative"}, "no kernels with a relative bias yet"),
+        ({"bias": "dense"}, "no kernels with a dense bias yet"),
+        ({"dense_mask": True}, "not a dense mask"),
+        ({"dropout": 0.1}, "no attention dropout"),
+    ],
+)
+def test_refuses_with_a_reason(backend: CutlassBackend, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(backend.supports(replace(SPEC, **changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dtype": torch.float16}, {"contexts": True, "targets": True, "target_group_size": 2, "window": 7},
+     {"causal": False}, {"cached_keys": True}, {"tensor_scale": True}, {"needs_grad": True, "deterministic": True}],
+)  # fmt: skip
+def test_serves(backend: CutlassBackend, changes: dict[str, Any]) -> None:
+    assert backend.supports(replace(SPEC, **changes)) is None
+
+
+def test_the_library_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def why_not(problem: _cutlass_binding.Problem, backward: bool) -> str:
+        asked.append((problem.dtype, problem.qk_dim, problem.v_dim, problem.causal, backward))
+        return "not built"
+
+    monkeypatch.setattr(_cutlass_binding, "why_not", why_not)
+    assert CutlassBackend().supports(replace(SPEC, v_dim=64, needs_grad=True)) == "not built"
+    CutlassBackend().supports(replace(SPEC, window=3))
+    assert asked == [(0, 128, 64, 1, True), (0, 128, 128, 0, False)]
+
+
+def test_without_library_the_reason_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise NativeLibraryError("libgenrec_attention.so was found in none of\n  /a\n  /b")
+
+    monkeypatch.setattr(_cutlass_binding, "library", missing)
+    said = CutlassBackend().available() or ""
+    assert said.startswith("libgenrec_attention.so isn't built; `make cuda` builds it")
+    assert "\n" not in said
+
+
+def test_never_chosen_for_the_cpu() -> None:
+    x = torch.zeros(3, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedAttentionError, match="'cutlass' can't serve this call"):
+        hstu_attention(x, x, x, torch.tensor([0, 3]), 3, backend="cutlass")
+    assert CutlassBackend.not_in_auto
+
+
+def test_fake_ops_give_shapes_and_dtypes() -> None:
+    with FakeTensorMode():
+        q, k = (torch.empty(rows, 4, 64, dtype=torch.float16, device="cuda") for rows in (9, 20))
+        v = torch.empty(20, 4, 32, dtype=torch.float16, device="cuda")
+        starts = torch.empty(3, dtype=torch.int32, device="cuda")
+        plan = torch.empty(100, dtype=torch.uint8, device="cuda")
+        rest = (plan, starts, starts, None, None, None, 1, -1, True, 1.0, 1.0, False)
+        out = cutlass_backend.cutlass_attention(q, k, v, *rest)
+        gradients = cutlass_backend.cutlass_attention_backward(out, q, k, v, *rest)
+    assert (out.shape, out.dtype, out.device.type) == ((9, 4, 32), torch.float16, "cuda")
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_a_view_that_the_copy_engine_cannot_read_is_copied() -> None:
+    wide = torch.zeros(6, 2, 96, dtype=torch.bfloat16)
+    fits = wide[:, :, 32:64]
+    assert cutlass_backend._aligned(fits) is fits
+    odd_rows = torch.zeros(6, 2, 36, dtype=torch.bfloat16)[:, :, :32]
+    for x in (wide[:, :, 4:36], wide[:, :, ::3], odd_rows, wide[:1, :, :8].expand(6, 2, 8)):
+        y = cutlass_backend._aligned(x)
+        assert y.is_contiguous()
+        assert y.data_ptr() != x.data_ptr()

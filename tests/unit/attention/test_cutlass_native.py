@@ -1,0 +1,129 @@
+"""What of the CUTLASS kernels can be tested without a GPU: masks and tiles, work lists, layouts, the build, the C
+interface."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from genrec._native import NativeLibraryError
+from genrec.attention import _cutlass_binding as binding
+
+SOURCES = Path(__file__).resolve().parents[3] / "csrc"
+
+
+def _cutlass_include() -> Path | None:
+    """CUTLASS's headers: of the nvidia-cutlass wheel, or the folder that GENREC_CUTLASS_INCLUDE names."""
+    if "GENREC_CUTLASS_INCLUDE" in os.environ:
+        return Path(os.environ["GENREC_CUTLASS_INCLUDE"])
+    spec = importlib.util.find_spec("cutlass_library")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "source" / "include"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("name", ["mask_test", "schedule_test"])
+def test_host_side_of_the_kernels(tmp_path: Path, name: str) -> None:
+    program = tmp_path / name
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if name == "schedule_test" else []
+    subprocess.run(["g++", *flags, str(SOURCES / "attention/tests" / f"{name}.cpp"), "-o", str(program)], check=True)
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith("ok ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(_cutlass_include() is None, reason="needs CUTLASS's headers: pip install nvidia-cutlass")
+def test_layouts_are_cutes(tmp_path: Path) -> None:
+    program = tmp_path / "layout_test"
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-O1", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr",
+         f"-I{SOURCES}", f"-I{_cutlass_include()}", str(SOURCES / "attention/tests/layout_test.cu"),
+         "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith("ok ")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_build_without_nvcc_says_what_is_missing(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if cmake is None:
+        pytest.skip("needs cmake")
+    done = subprocess.run([cmake, "-S", str(SOURCES), "-B", str(tmp_path), "-DGENREC_CUDA=ON", "-DGENREC_NVCC=OFF"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode != 0
+    assert "GENREC_CUDA is on and nvcc was not found: install the CUDA toolkit" in " ".join(done.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    try:
+        return binding.library()
+    except NativeLibraryError as error:
+        pytest.skip(f"the kernels aren't built (`make cuda`): {str(error).splitlines()[0]}")
+
+
+def _problem(**changes: int | float) -> binding.Problem:
+    words = {"dtype": 0, "heads": 4, "qk_dim": 128, "v_dim": 128, "sequences": 3, "target_group": 1, "window": -1,
+             "causal": 1, "query_rows": 1000, "key_rows": 1000, "alpha": 1.0, "scale": 1.0}  # fmt: skip
+    return binding.Problem(**{**words, **changes})
+
+
+def test_library_lists_what_it_holds(library: ctypes.CDLL) -> None:
+    lines = library.genrec_attention_instances().decode().splitlines()
+    assert {line.split()[0] for line in lines} == {"forward", "backward"}
+    assert all(line.split()[1] in ("bf16", "fp16") and line.split()[3] in ("causal", "general") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"qk_dim": 50}, "dims must be multiples of 8 .*, got 50"),
+        ({"v_dim": 512}, "no kernel is built for bf16, qk_dim 128, v_dim 512"),
+        ({"dtype": 7}, "no kernel is built for unknown dtype"),
+        ({"target_group": 0}, "target_group must be at least 1"),
+        ({"sequences": -1}, "sequences must not be negative"),
+        ({"query_rows": 2**31}, "rows must be fewer than 2\\^31, got 2147483648"),
+    ],
+)
+def test_problems_that_are_refused(library: ctypes.CDLL, changes: dict[str, int], reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason):
+        binding.call("plan_bytes", ctypes.byref(_problem(**changes)))
+
+
+def test_missing_arguments_are_named(library: ctypes.CDLL) -> None:
+    problem = _problem()
+    good = binding.Matrix(4096, 512, 128)
+    odd = binding.Matrix(4098, 512, 128)
+    with pytest.raises(RuntimeError, match="plan, query_offsets and key_offsets must be given"):
+        binding.call("make_plan", ctypes.byref(problem), None, None)
+    with pytest.raises(RuntimeError, match="out is missing"):
+        binding.call("forward", ctypes.byref(problem), 64, 64, good, good, good, binding.Matrix(), None)
+    with pytest.raises(RuntimeError, match="out is not 16-byte aligned in every row"):
+        binding.call("forward", ctypes.byref(problem), 64, 64, good, good, good, odd, None)
+    with pytest.raises(RuntimeError, match="q is not 16-byte aligned"):
+        binding.call("forward", ctypes.byref(problem), 64, 64, odd, good, good, good, None)
+    with pytest.raises(RuntimeError, match="a batch without rows"):
+        binding.call("forward", ctypes.byref(_problem(query_rows=0)), 64, 64, good, good, good, good, None)
+
+
+def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
+    problem = ctypes.byref(_problem())
+    assert binding.call("workspace_bytes", problem, 0, 0) == 64
+    plain, ordered = (binding.call("workspace_bytes", problem, 1, d) for d in (0, 1))
+    # At least a float for each element of q, at most with each of three sequences padded to a tile of 128 rows.
+    assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 64
+    assert plain < ordered < plain + 4096
+    assert binding.call("plan_bytes", problem) % 32 == 0
