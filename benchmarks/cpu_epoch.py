@@ -11,11 +11,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 import warnings
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,10 +62,18 @@ def genrec_epochs(data: str, epochs: int, threads: int) -> list[float]:
     return seconds
 
 
-def run(words: list[str]) -> list[float]:
-    """Epochs of a child process but the first."""
+def run(words: list[str]) -> tuple[list[float], dict[str, str]]:
+    """Epochs of a child process but the first, and its versions."""
     out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    return json.loads(out.strip().splitlines()[-1])["epochs"][1:]
+    found = json.loads(out.strip().splitlines()[-1])
+    return found["epochs"][1:], found["versions"]
+
+
+def processor() -> str:
+    """The processor's name, as far as the machine tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -77,7 +87,10 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps({"epochs": genrec_epochs(args.data, args.epochs, args.threads)}))
+        epochs = genrec_epochs(args.data, args.epochs, args.threads)
+        print(
+            json.dumps({"epochs": epochs, "versions": {"torch": version("torch"), "lightning": version("lightning")}})
+        )
         return
     common = ["--epochs", str(args.epochs), "--threads", str(args.threads)]
     commands = {"genrec HSTURetrieval": [sys.executable, __file__, "--child", "--data", args.data, *common]}
@@ -85,15 +98,19 @@ def main() -> None:
         script = str(HERE / "rectools_epoch.py")
         commands["RecTools HSTUModel"] = [args.rectools, script, str(Path(args.data) / "u.data"), *common]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
+    versions: dict[str, str] = {}
     for _ in range(args.rounds):
         for name, words in commands.items():
-            seconds[name] += run(words)
-    print(
-        f"{args.threads} threads, {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}\n"
-    )
-    print("| model | epochs | median s/epoch | lowest | highest |\n|---|---|---|---|---|")
+            measured, used = run(words)
+            seconds[name] += measured
+            versions[name] = ", ".join(f"{package} {number}" for package, number in used.items())
+    print(f"{date.today()}, {args.threads} threads of {processor()}, Python {platform.python_version()}\n")
+    print("| model | epochs | median s/epoch | lowest | highest | versions |\n|---|---|---|---|---|---|")
     for name, values in seconds.items():
-        print(f"| {name} | {len(values)} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+        print(
+            f"| {name} | {len(values)} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} "
+            f"| {versions[name]} |"
+        )
     if args.rectools:
         ours, theirs = (statistics.median(values) for values in seconds.values())
         print(f"\ngenrec is {theirs / ours:.1f} times as fast.")

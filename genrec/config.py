@@ -50,7 +50,7 @@ class RunConfig:
         dir: Folder of the run: config.yaml, metrics.json, curves.png, environment.json, checkpoints, logs. A new run
             moves what an earlier one left there to `<dir>.1`, `<dir>.2` and so on.
         test: Test with the best checkpoint after training.
-        predict: Write the test set's predictions to predictions.parquet after the test.
+        predict: Write the predictions for the test set to predictions-<rank>.parquet after the test.
     """
 
     dir: str = "runs/run"

@@ -158,7 +158,7 @@ class BackendRegistry:
                 return self.get(name)
             able = [other.name for other in self.report(spec) if other.reason is None]
             raise UnsupportedAttentionError(
-                f"Attention backend '{name}' can't serve this call: {reason}. "
+                f"Attention backend '{name}' can't serve this call: {reason.rstrip('.')}. "
                 f"Backends that can: {', '.join(able) or 'none'}."
             )
         chosen = self._resolve_auto(spec)
