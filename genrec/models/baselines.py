@@ -106,6 +106,9 @@ class PopularityRecommender(RetrievalModel):
         final = items[:0] if batch.labels is None else batch.labels[last]
         self.counts += torch.bincount(torch.cat([items, final[final >= 0]]), minlength=self.num_items)
 
+    def on_train_epoch_start(self) -> None:
+        """Nothing: there are no tables to tell."""
+
     def on_train_epoch_end(self) -> None:
         """Nothing: there are no tables to report on."""
 
