@@ -85,6 +85,12 @@ def main() -> None:
     print("|---" * (len(shown) + 1) + "|")
     for model, runs in found.items():
         print(f"| {model} | " + " | ".join(row(name, [run[name] for run in runs]) for name in shown) + " |")
+    best = {
+        name: value for runs in found.values() for run in runs for name, value in run.items() if "reachable" in name
+    }
+    if best:
+        cells = [best.get(name.replace("test/", "best_reachable/")) for name in shown]
+        print("| best reachable | " + " | ".join("" if cell is None else f"{cell:.4f}" for cell in cells) + " |")
 
 
 if __name__ == "__main__":
