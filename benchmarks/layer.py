@@ -175,7 +175,8 @@ def parity(device: str = "cuda", rows: int = 4099, hidden: int = 1024, heads: in
     """The layer outside its attention against fp64, by the tests' bound: 2 (gradients 5) times torch's own error."""
     fine = True
     for form, dtype in (("gated", torch.bfloat16), ("production", torch.bfloat16), ("paper", torch.float32)):
-        config = HSTUConfig(hidden_dim=hidden, num_heads=heads, dropout=0.0, attention_backend="torch", **FORMS[form])
+        config = HSTUConfig(hidden_dim=hidden, num_heads=heads, dropout=0.0, attention_backend="torch",
+                            group_norm=form == "production", **FORMS[form])  # fmt: skip
         torch.manual_seed(0)
         layer = HSTULayer(config).to(device, dtype)
         x = torch.randn(rows, hidden, device=device).to(dtype)
@@ -201,6 +202,36 @@ def parity(device: str = "cuda", rows: int = 4099, hidden: int = 1024, heads: in
     return fine
 
 
+def parity_of_tokens(device: str = "cuda", rows: int = 4099, hidden: int = 1024) -> bool:
+    """Rows moved to their places and back, and encodings with dropout, against plain torch in fp32."""
+    torch.manual_seed(0)
+    triton_ops, torch_ops = get_layer_ops("triton"), get_layer_ops("torch")
+    order = torch.randperm(rows, device=device)
+    pool, places = (
+        list(torch.randn(rows, hidden, device=device).split([rows // 3, rows - rows // 3])),
+        order.split([rows // 3, rows - rows // 3]),
+    )
+    fine = torch.equal(triton_ops.place_rows(pool, places), torch_ops.place_rows(pool, places))
+    results = []
+    for ops in (torch_ops, triton_ops):
+        torch.manual_seed(1)
+        leaves = [torch.randn(n, hidden, device=device).requires_grad_() for n in (rows, 513, 64)]
+        indices = [torch.randint(0, n, (rows,), device=device) // 2 for n in (513, 64)]
+        y = ops.add_encodings(leaves[0], 32.0, list(zip(leaves[1:], indices, strict=True)), 0.0, True)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    fine &= all(torch.allclose(a, b, rtol=1e-5, atol=1e-4) for a, b in zip(*results, strict=True))
+    x = torch.ones(rows, hidden, device=device, requires_grad=True)
+    y = triton_ops.add_encodings(x, 1.0, [], 0.25, True)
+    (gradient,) = torch.autograd.grad(y.sum(), [x])
+    kept = (y > 0).float().mean().item()
+    fine &= torch.equal(gradient, y) and abs(kept - 0.75) < 4 * (0.1875 / y.numel()) ** 0.5
+    print(
+        f"parity tokens      rows, encodings, dropout (kept {kept:.5f} of 0.75)  {'ok' if fine else 'FAILED'}",
+        flush=True,
+    )
+    return fine
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="parity, then one form without recompute settings")
@@ -221,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}")
     print(f"hidden {options.hidden}, {options.heads} heads, B = {options.batch}, S = {options.length}, bf16, "
           f"dropout {options.dropout}")  # fmt: skip
-    fine = parity()
+    fine = all([parity(), parity_of_tokens()])
     if options.quick:
         options.iterations = min(options.iterations, 5)
     print(f"{'form':<11} {'backend':<7} {'recompute':<15} {'without attention, ms':>26} {'outside':>7} "
