@@ -439,7 +439,7 @@ struct BackwardConsumer {
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
-  extern __shared__ char memory[];
+  extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
     constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;

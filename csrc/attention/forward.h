@@ -227,7 +227,7 @@ __device__ inline void forward_consume(const ForwardParams& p, typename Shape::S
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
-  extern __shared__ char memory[];
+  extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
     shared.q_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
