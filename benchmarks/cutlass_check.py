@@ -1,6 +1,6 @@
 """The CUTLASS attention kernels on a Hopper GPU: right, and how fast.
 
-    python benchmarks/cutlass_check.py [--library FOLDER] [--seconds 40]
+    python benchmarks/cutlass_check.py [--library FOLDER] [--seconds 60] [--only WORD]
 
 Loads libgenrec_attention.so (GENREC_LIBRARY_PATH, or --library), compares forward and backward with an fp32 reference
 on small jagged batches, then times full-length batches. Works in a child process and watches it: a kernel that hangs
@@ -53,27 +53,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--library", help="folder of libgenrec_attention.so")
     parser.add_argument("--seconds", type=float, default=60.0, help="stop starting stages after so long")
+    parser.add_argument("--only", default="", help="stages whose names hold this word, such as time")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.library:
         os.environ["GENREC_LIBRARY_PATH"] = str(Path(options.library).resolve())
     if options.child is not None:
-        return child(options.child)
+        return child(options.child, options.only)
     root = Path(__file__).resolve().parents[1]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    names, at, bad, end = [name for name, _ in stages()], 0, 0, time.monotonic() + options.seconds
+    names = [name for name, _ in stages() if options.only in name]
+    at, bad, end = 0, 0, time.monotonic() + options.seconds
     while at < len(names) and time.monotonic() < end:
-        reached, failures = watch(at, names, end)
+        reached, failures = watch(at, names, end, options.only)
         bad += failures
         at = max(reached, at + 1)
     print(f"cutlass_check: {at} of {len(names)} stages, {bad} bad")
     return 1 if bad else 0
 
 
-def watch(start: int, names: list[str], end: float) -> tuple[int, int]:
+def watch(start: int, names: list[str], end: float, only: str) -> tuple[int, int]:
     """A child from stage `start` on; the stage to go on with, and how many went wrong."""
-    process = subprocess.Popen([sys.executable, "-u", __file__, "--child", str(start)], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, bufsize=1)  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-u", __file__, "--child", str(start), "--only", only],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)  # fmt: skip
     assert process.stdout is not None
     selector = selectors.DefaultSelector()
     selector.register(process.stdout, selectors.EVENT_READ)
@@ -102,16 +104,20 @@ def watch(start: int, names: list[str], end: float) -> tuple[int, int]:
     return len(names), bad
 
 
-def child(start: int) -> int:
+def child(start: int, only: str) -> int:
     """Runs the stages from `start` on; stops at the first CUDA error, which nothing in a process survives."""
     import torch
 
     from genrec.attention import _cutlass_binding
 
+    if not torch.cuda.is_available():
+        print("BAD: PyTorch sees no GPU")
+        return 0
     if start == 0:
         print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuda", torch.version.cuda)
         print(_cutlass_binding.library().genrec_attention_instances().decode().replace("\n", "; "))
-    for number, (name, (kind, *arguments)) in enumerate(stages()):
+    chosen = [stage for stage in stages() if only in stage[0]]
+    for number, (name, (kind, *arguments)) in enumerate(chosen):
         if number < start:
             continue
         print(f"STAGE {number}")
@@ -231,6 +237,8 @@ def median(function: Any, times: int = 15) -> float:
 
     for _ in range(3):
         function()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(40_000_000)  # about 20 ms, in which all calls are queued: the host's time stays out
     spans = []
     for _ in range(times):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
