@@ -1,0 +1,78 @@
+"""Block sizes and warps of the kernels: a heuristic default, and the short list that the tuner tries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal["forward", "backward", "backward_rows"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut and launched."""
+
+    rows: int
+    """Rows (queries) of a block."""
+    keys: int
+    """Keys of a block."""
+    warps: int = 4
+    stages: int = 2
+    """Blocks that the loads run ahead."""
+    tma: bool = True
+    """Tensor descriptors where the tensors allow it."""
+    waves: int = 0
+    """Programs for each multiprocessor, each taking pieces of work in turn; 0: a program for each piece, which the
+    hardware starts in the order of work as others end."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a choice depends on."""
+
+    bits: int
+    """Of an element of q, k, v."""
+    qk_width: int
+    v_width: int
+    """Dims, rounded up to a power of two."""
+    bias: bool
+    hopper: bool
+    interpreted: bool
+
+
+INTERPRETER = Config(32, 32, tma=False)
+"""Few and large steps, yet several blocks in short sequences."""
+
+_FORWARD = {
+    64: [Config(128, 64, 4, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 4, 3)],
+    128: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
+    256: [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2)],
+}
+_BACKWARD = {
+    64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(128, 128, 8, 2), Config(64, 128, 4, 2)],
+    128: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2)],
+    256: [Config(64, 64, 8, 1), Config(32, 64, 8, 2), Config(64, 64, 4, 1)],
+}
+_ROWS = {
+    64: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+    128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+    256: [Config(64, 64, 8, 1), Config(64, 32, 8, 2)],
+}
+# Products of fp32 run on the ordinary units, from registers: small blocks.
+_WIDE = {64: [Config(64, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 32, 8, 1)]}
+_WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 32, 8, 1)]}
+_LISTS = {"forward": _FORWARD, "backward": _BACKWARD, "backward_rows": _ROWS}
+
+
+def candidates(kind: Kind, shape: Shape) -> list[Config]:
+    """What the tuner tries; the first is the default."""
+    if shape.interpreted:
+        return [INTERPRETER]
+    width = max(64, shape.qk_width, shape.v_width)
+    if shape.bits == 32:
+        return (_WIDE if kind == "forward" else _WIDE_BACKWARD)[width]
+    found = _LISTS[kind][width]
+    if not shape.hopper:  # two thirds of the shared memory, and no descriptors
+        found = [replace(c, tma=False, rows=min(c.rows, 64), keys=min(c.keys, 64), warps=4) for c in found]
+        found = [replace(c, stages=1) if width == 256 else c for c in dict.fromkeys(found)]
+    return found

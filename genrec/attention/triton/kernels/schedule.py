@@ -1,0 +1,44 @@
+"""The order of work: sequences by length, longest first, so that a ragged batch ends evenly on all processors."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plan_kernel(offsets, items, count, batch, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """items: (n, 2) int32, the sequence and block of each piece of work; count: (1,) int32, how many there are.
+
+    n is at least T // BLOCK + B. Under a causal mask the last block of rows (the first of keys) has the most to do:
+    within a sequence LAST_FIRST puts the last block first.
+    """
+    mine = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = mine < batch
+    length = tl.load(offsets + mine + 1, inside, 0) - tl.load(offsets + mine, inside, 0)
+    before = tl.zeros([CHUNK], tl.int32)
+    for chunk in range(0, batch, CHUNK):
+        other = chunk + tl.arange(0, CHUNK)
+        present = other < batch
+        other_length = tl.load(offsets + other + 1, present, 0) - tl.load(offsets + other, present, 0)
+        earlier = (other_length[None, :] > length[:, None]) | (
+            (other_length[None, :] == length[:, None]) & (other[None, :] < mine[:, None])
+        )
+        earlier = (earlier & present[None, :]).to(tl.int32)
+        before += tl.sum(earlier * tl.cdiv(other_length, BLOCK).to(tl.int32)[None, :], 1)
+    blocks = tl.cdiv(length, BLOCK).to(tl.int32)
+    for n in range(0, tl.max(blocks, 0)):
+        here = inside & (n < blocks)
+        block = n + tl.zeros([CHUNK], tl.int32)
+        if LAST_FIRST:
+            block = blocks - 1 - n
+        tl.store(items + (before + n) * 2, mine, here)
+        tl.store(items + (before + n) * 2 + 1, block, here)
+    tl.atomic_add(count, tl.sum(tl.where(inside, blocks, 0), 0), sem="relaxed")
+
+
+@triton.jit
+def locate(work, items, heads):
+    """(sequence, head, block) of a piece of work; heads are neighbours, so that equal pieces run at the same time."""
+    item = work // heads
+    return tl.load(items + item * 2), work % heads, tl.load(items + item * 2 + 1)

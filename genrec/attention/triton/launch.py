@@ -1,0 +1,329 @@
+"""From tensors to launched kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from genrec.attention.spec import time_bucket_edges
+from genrec.attention.triton import tuning
+from genrec.attention.triton.configs import Config, Kind, Shape
+from genrec.attention.triton.kernels.backward import backward_kernel
+from genrec.attention.triton.kernels.backward_rows import backward_rows_kernel
+from genrec.attention.triton.kernels.forward import forward_kernel
+from genrec.attention.triton.prepared import Prepared, prepared_for
+
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+"""Whether the kernels run in Triton's interpreter."""
+COPIES = 32
+"""Copies of the tables' gradients, so that programs seldom wait for each other."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of the op; fields as in `ops.attention_forward`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_offsets: Tensor
+    kv_offsets: Tensor
+    num_contexts: Tensor | None
+    num_targets: Tensor | None
+    scales: Tensor | None
+    position: Tensor | None
+    time: Tensor | None
+    timestamps: Tensor | None
+    query_timestamps: Tensor | None
+    dense: Tensor | None
+    max_q_len: int
+    max_kv_len: int
+    group: int
+    window: int
+    causal: bool
+    alpha: float
+    scale: float
+    dropout: float
+    seed: int
+    deterministic: bool
+    reuse: bool
+    prepared: Prepared = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.q, self.k, self.v = (_rows_contiguous(x) for x in (self.q, self.k, self.v))
+        if self.dense is not None:
+            self.dense = _rows_contiguous(self.dense)
+        self.num_contexts = _contiguous(self.num_contexts)
+        self.num_targets = _contiguous(self.num_targets)
+        self.scales = _contiguous(self.scales)
+        self.prepared = prepared_for(
+            (self.q_offsets.contiguous(), self.kv_offsets.contiguous()),
+            (_contiguous(self.timestamps), _contiguous(self.query_timestamps)),
+            (self.q.shape[0], self.k.shape[0]),
+            self.reuse,
+        )
+
+    @cached_property
+    def empty(self) -> bool:
+        """Nothing to compute: no rows, no sequences."""
+        return 0 in (self.q.shape[0], self.k.shape[0], self.q.shape[1], self.prepared.batch)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What the choice of a configuration depends on."""
+        hopper = self.q.is_cuda and torch.cuda.get_device_capability(self.q.device)[0] >= 9
+        return Shape(
+            bits=self.q.element_size() * 8,
+            qk_width=_width(self.q.shape[2]),
+            v_width=_width(self.v.shape[2]),
+            bias=self.position is not None or self.time is not None,
+            hopper=hopper,
+            interpreted=INTERPRETED,
+        )
+
+    @cached_property
+    def tables(self) -> dict[str, Any]:
+        """The bias's pointers, tables in fp32."""
+        edges = None if self.time is None else _edges(self.time.numel(), self.q.device)
+        return {
+            "position": None if self.position is None else self.position.float().contiguous(),
+            "time_table": None if self.time is None else self.time.float().contiguous(),
+            "edges": None if edges is None else edges[0],
+            "near_edges": None if edges is None else edges[1],
+            "dense": self.dense,
+        }
+
+    def common(self, config: Config, of_keys: bool) -> dict[str, Any]:
+        """Arguments that all kernels share."""
+        items, count = self.prepared.items(of_keys, config.keys if of_keys else config.rows)
+        kv_times, q_times = self.prepared.times
+        spans: tuple[Tensor | None, ...] = (None,) * 4
+        if self.time is not None:
+            spans = (
+                *self.prepared.extrema(False, config.rows, self.max_q_len),
+                *self.prepared.extrema(True, config.keys, self.max_kv_len),
+            )
+        dense_strides = (0, 0, 0)
+        if self.dense is not None:
+            batch, head, row, _ = self.dense.stride()
+            dense_strides = batch, head if self.dense.shape[1] > 1 else 0, row
+        return self.tables | {
+            "q": self.q, "k": self.k, "v": self.v,
+            "q_offsets": self.prepared.offsets[0], "kv_offsets": self.prepared.offsets[1],
+            "items": items, "count": count,
+            "num_contexts": self.num_contexts, "num_targets": self.num_targets, "scales": self.scales,
+            "kv_times": kv_times, "q_times": q_times,
+            **dict(zip(("row_low", "row_high", "key_low", "key_high"), spans, strict=True)),
+            **dict(zip(("dense_batch", "dense_head", "dense_row"), dense_strides, strict=True)),
+            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v),
+            "heads": self.q.shape[1],
+            "max_positions": 0 if self.position is None else (self.position.numel() + 1) // 2,
+            "alpha": self.alpha, "scale": self.scale, "dropout": self.dropout, "seed": self.seed,
+            "QK_DIM": self.q.shape[2], "V_DIM": self.v.shape[2],
+            "QK_WIDTH": self.shape.qk_width, "V_WIDTH": self.shape.v_width,
+            "GROUP": self.group, "WINDOW": self.window, "CAUSAL": self.causal,
+            "HAS_DROPOUT": self.dropout > 0.0, "BUCKETS": 0 if self.time is None else self.time.numel(),
+            "FAST": self.shape.bits == 16 and not INTERPRETED,
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages,
+            "num_warps": config.warps, "num_stages": config.stages,
+        }  # fmt: skip
+
+    def programs(self, config: Config, of_keys: bool) -> int:
+        """Size of the grid."""
+        pieces = self.prepared.bound(of_keys, config.keys if of_keys else config.rows) * self.q.shape[1]
+        return min(pieces, config.waves * _processors(self.q.device)) if config.waves else pieces
+
+
+def run_forward(call: Call) -> Tensor:
+    """(T_q, H, Dv)."""
+    out = torch.empty(*call.q.shape[:2], call.v.shape[2], dtype=call.v.dtype, device=call.v.device)
+    if call.empty:
+        return out.zero_()
+    tuning.run("forward", call, lambda config: launch_forward(call, out, config))
+    return out
+
+
+def launch_forward(call: Call, out: Tensor, config: Config) -> None:
+    """Fills out (T_q, H, Dv)."""
+    arguments = call.common(config, of_keys=False) | _strides("out", out) | {
+        "out": out,
+        "k_descriptor": _descriptor(call.k, config.keys, config),
+        "v_descriptor": _descriptor(call.v, config.keys, config),
+    }  # fmt: skip
+    _start(forward_kernel, call, config, False, arguments)
+
+
+def run_backward(call: Call, d_out: Tensor, needed: list[bool]) -> list[Tensor]:
+    """Gradients of q, k, v and, where needed, of position table, time table and dense bias (else without elements)."""
+    d_out = _rows_contiguous(d_out)
+    if call.empty:
+        dense = call.dense
+        tables = [x.new_zeros(x.shape) if need and x is not None else call.q.new_empty(0)
+                  for x, need in zip((call.position, call.time, dense), needed, strict=True)]  # fmt: skip
+        return [x.new_zeros(x.shape) for x in (call.q, call.k, call.v)] + tables
+    gradients = Gradients(call, needed)
+    if call.deterministic:
+        tuning.run("backward_rows", call, lambda config: _launch_rows(call, d_out, gradients, config))
+    # With additions to memory a second run would double them: the tuner clears the sums before each.
+    tuning.run("backward", call, lambda config: _launch_backward(call, d_out, gradients, config), gradients.clear)
+    return gradients.results()
+
+
+class Gradients:
+    """The outputs of a backward pass, and sums in fp32 on the way to them."""
+
+    def __init__(self, call: Call, needed: list[bool]) -> None:
+        self.call, self.needed = call, needed
+        self.dk, self.dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.k, call.v))
+        self.dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device) if call.deterministic else None
+        self.dq_sum: Tensor | None = None
+        self.d_position: Tensor | None = None
+        self.d_time: Tensor | None = None
+        self.d_dense: Tensor | None = None
+        self.copies = 1
+
+    @property
+    def shared_dense(self) -> bool:
+        """Whether heads add to one dense gradient by atomics."""
+        dense = self.call.dense
+        return dense is not None and dense.shape[1] < self.call.q.shape[1] and not self.call.deterministic
+
+    def begin(self, programs: int) -> None:
+        """Sums of zeros, for a grid of so many programs."""
+        call, float32 = self.call, {"dtype": torch.float32, "device": self.call.q.device}
+        self.copies = programs if call.deterministic else min(COPIES, programs)
+        if not call.deterministic:
+            self.dq_sum = torch.zeros(call.q.shape, **float32)
+        if self.needed[0] and call.position is not None:
+            self.d_position = torch.zeros(self.copies, call.position.numel(), **float32)
+        if self.needed[1] and call.time is not None:
+            self.d_time = torch.zeros(self.copies, call.time.numel(), **float32)
+        if self.needed[2] and call.dense is not None and self.d_dense is None:
+            shape = list(call.dense.shape)
+            # One order of additions, deterministic: each head writes its own, then they are added.
+            shape[1] = 1 if self.shared_dense else call.q.shape[1]
+            dtype = torch.float32 if shape[1] != call.dense.shape[1] or self.shared_dense else call.dense.dtype
+            self.d_dense = torch.zeros(shape, dtype=dtype, device=call.q.device)
+
+    def clear(self) -> None:
+        """Undoes additions of a former run."""
+        if self.d_dense is not None:
+            self.d_dense.zero_()
+
+    def results(self) -> list[Tensor]:
+        """In the dtypes of the inputs."""
+        call = self.call
+        dq = self.dq if self.dq is not None else self.dq_sum
+        assert dq is not None
+        position, time = self._table(self.d_position, call.position), self._table(self.d_time, call.time)
+        dense = call.q.new_empty(0)
+        if self.d_dense is not None and call.dense is not None:
+            dense = self.d_dense
+            if dense.shape[1] != call.dense.shape[1]:
+                dense = dense.sum(1, keepdim=True)
+            dense = dense.to(call.dense.dtype)
+        return [dq.to(call.q.dtype), self.dk, self.dv, position, time, dense]
+
+    def _table(self, copies: Tensor | None, like: Tensor | None) -> Tensor:
+        if copies is None or like is None:
+            return self.call.q.new_empty(0)
+        return copies.sum(0).to(like.dtype)
+
+
+def _launch_backward(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
+    relative = call.position is not None or call.time is not None
+    if call.deterministic and relative and not config.waves:
+        # Each program adds to its own copy of the tables: few programs, each with a fixed share of the work.
+        config = tuning.with_waves(config)
+    programs = call.programs(config, of_keys=True)
+    gradients.begin(programs)
+    d_dense = gradients.d_dense
+    strides = (0, 0, 0)
+    if d_dense is not None:
+        strides = d_dense.stride(0), 0 if gradients.shared_dense else d_dense.stride(1), d_dense.stride(2)
+    dq_descriptor = None
+    if gradients.dq_sum is not None and call.shape.qk_width == call.q.shape[2]:
+        dq_descriptor = _descriptor(gradients.dq_sum, config.rows, config)
+    arguments = call.common(config, of_keys=True) | _strides("d_out", d_out) | {
+        "d_out": d_out,
+        "q_descriptor": _descriptor(call.q, config.rows, config),
+        "d_out_descriptor": _descriptor(d_out, config.rows, config),
+        "dq_sum": gradients.dq_sum, "dq_descriptor": dq_descriptor, "dk": gradients.dk, "dv": gradients.dv,
+        "d_position": gradients.d_position, "d_time": gradients.d_time, "d_dense": d_dense,
+        **dict(zip(("d_dense_batch", "d_dense_head", "d_dense_row"), strides, strict=True)),
+        "copies": gradients.copies, "DETERMINISTIC": call.deterministic, "SHARED_DENSE": gradients.shared_dense,
+    }  # fmt: skip
+    _start(backward_kernel, call, config, True, arguments)
+
+
+def _launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
+    arguments = call.common(config, of_keys=False) | _strides("d_out", d_out) | {
+        "d_out": d_out, "dq": gradients.dq,
+        "k_descriptor": _descriptor(call.k, config.keys, config),
+        "v_descriptor": _descriptor(call.v, config.keys, config),
+    }  # fmt: skip
+    _start(backward_rows_kernel, call, config, False, arguments)
+
+
+def _start(kernel: Any, call: Call, config: Config, of_keys: bool, arguments: dict[str, Any]) -> None:
+    programs = call.programs(config, of_keys)
+    if call.q.is_cuda:
+        with torch.cuda.device(call.q.device):
+            kernel[(programs,)](**arguments)
+    else:
+        arguments = {name: x for name, x in arguments.items() if name not in ("num_warps", "num_stages")}
+        kernel[(programs,)](**arguments)
+
+
+def _descriptor(x: Tensor, rows: int, config: Config) -> Any:
+    """A TMA descriptor of (rows, D) blocks of x (T, H, D) seen as rows of all heads; None where TMA can't read it."""
+    row, head, _ = x.stride()
+    size, dim = x.element_size(), x.shape[2]
+    aligned = x.data_ptr() % 16 == 0 and row * size % 16 == 0 and head * size % 16 == 0
+    if not config.tma or not aligned or dim != _width(dim) or x.shape[0] == 0:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [x.shape[0], (x.shape[1] - 1) * head + dim], [row, 1], [rows, dim])
+
+
+def _width(dim: int) -> int:
+    """The least power of two that a product of matrices takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x itself where its last axis is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
+
+
+@lru_cache(maxsize=16)
+def _edges(buckets: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(buckets + 3,) first distance of each bucket, then the largest number; in int64, and clamped to int32."""
+    largest = torch.iinfo(torch.int64).max
+    edges = torch.cat([torch.zeros(1, dtype=torch.int64), time_bucket_edges(buckets),
+                       torch.full((3,), largest, dtype=torch.int64)])  # fmt: skip
+    return edges.to(device), edges.clamp(max=torch.iinfo(torch.int32).max).int().to(device)
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+__all__ = ["INTERPRETED", "Call", "Kind", "run_backward", "run_forward"]
