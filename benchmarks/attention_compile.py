@@ -3,9 +3,9 @@
     python benchmarks/attention_compile.py                       # the default configurations of the main cases
     python benchmarks/attention_compile.py --kind backward --dim 128 --bias both --config 64,128,8,2
 
-For each kernel: registers of a thread, bytes spilled to memory, shared memory of a block, how many asynchronous products
-of matrices (wgmma) and loads by descriptor (TMA) its code holds, and the seconds that compiling took. Spills or a
-missing wgmma are the usual causes of a slow kernel. Triton's own ptxas assembles; cuobjdump reads the result.
+For each kernel: registers of a thread, bytes spilled to memory, shared memory of a block, how many asynchronous
+products of matrices (wgmma) and loads by descriptor (TMA) its code holds, and the seconds that compiling took. Spills
+or a missing wgmma are the usual causes of a slow kernel. Triton's own ptxas assembles; cuobjdump reads the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ def compile_kernel(kind: Kind, call: launch.Call, config: Config) -> Any:
     """The compiled kernel that such a call would launch."""
     found: list[Any] = []
 
-    def keep(kernel: Any, call: launch.Call, config: Config, of_keys: bool, arguments: dict[str, Any]) -> None:
+    def keep(kernel: Any, call: launch.Call, config: Config, programs: int, arguments: dict[str, Any]) -> None:
         found.append(kernel.warmup(**arguments, grid=(1,)))
 
     real, launch._start = launch._start, keep

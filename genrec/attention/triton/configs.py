@@ -21,9 +21,6 @@ class Config:
     """Blocks that the loads run ahead."""
     tma: bool = True
     """Tensor descriptors where the tensors allow it."""
-    waves: int = 0
-    """Programs for each multiprocessor, each taking pieces of work in turn; 0: a program for each piece, which the
-    hardware starts in the order of work as others end."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter."""
 COPIES = 32
 """Copies of the tables' gradients, so that programs seldom wait for each other."""
+OWN_ELEMENTS = 2**23
+"""About as many numbers do the deterministic mode's copies hold, one for each program of a launch."""
 
 
 @dataclass(eq=False)
@@ -134,10 +136,9 @@ class Call:
             "num_warps": config.warps, "num_stages": config.stages,
         }  # fmt: skip
 
-    def programs(self, config: Config, of_keys: bool) -> int:
-        """Size of the grid."""
-        pieces = self.prepared.bound(of_keys, config.keys if of_keys else config.rows) * self.q.shape[1]
-        return min(pieces, config.waves * _processors(self.q.device)) if config.waves else pieces
+    def pieces(self, config: Config, of_keys: bool) -> int:
+        """Pieces of work, or some more: blocks of all sequences and heads."""
+        return self.prepared.bound(of_keys, config.keys if of_keys else config.rows) * self.q.shape[1]
 
 
 def run_forward(call: Call) -> Tensor:
@@ -156,7 +157,7 @@ def launch_forward(call: Call, out: Tensor, config: Config) -> None:
         "k_descriptor": _descriptor(call.k, config.keys, config),
         "v_descriptor": _descriptor(call.v, config.keys, config),
     }  # fmt: skip
-    _start(forward_kernel, call, config, False, arguments)
+    _start(forward_kernel, call, config, call.pieces(config, of_keys=False), arguments)
 
 
 def run_backward(call: Call, d_out: Tensor, needed: list[bool]) -> list[Tensor]:
@@ -194,16 +195,18 @@ class Gradients:
         dense = self.call.dense
         return dense is not None and dense.shape[1] < self.call.q.shape[1] and not self.call.deterministic
 
-    def begin(self, programs: int) -> None:
-        """Sums of zeros, for a grid of so many programs."""
-        call, float32 = self.call, {"dtype": torch.float32, "device": self.call.q.device}
-        self.copies = programs if call.deterministic else min(COPIES, programs)
+    def begin(self, pieces: int) -> None:
+        """Sums of zeros, for so many pieces of work."""
+        call, device = self.call, self.call.q.device
+        entries = 1 + sum(x.numel() for x in (call.position, call.time) if x is not None)
+        own = max(132, OWN_ELEMENTS // entries) if not INTERPRETED else 5
+        self.copies = min(own if call.deterministic else COPIES, pieces)
         if not call.deterministic:
-            self.dq_sum = torch.zeros(call.q.shape, **float32)
+            self.dq_sum = torch.zeros(call.q.shape, dtype=torch.float32, device=device)
         if self.needed[0] and call.position is not None:
-            self.d_position = torch.zeros(self.copies, call.position.numel(), **float32)
+            self.d_position = torch.zeros(self.copies, call.position.numel(), dtype=torch.float32, device=device)
         if self.needed[1] and call.time is not None:
-            self.d_time = torch.zeros(self.copies, call.time.numel(), **float32)
+            self.d_time = torch.zeros(self.copies, call.time.numel(), dtype=torch.float32, device=device)
         if self.needed[2] and call.dense is not None and self.d_dense is None:
             shape = list(call.dense.shape)
             # One order of additions, deterministic: each head writes its own, then they are added.
@@ -237,12 +240,8 @@ class Gradients:
 
 
 def _launch_backward(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
-    relative = call.position is not None or call.time is not None
-    if call.deterministic and relative and not config.waves:
-        # Each program adds to its own copy of the tables: few programs, each with a fixed share of the work.
-        config = tuning.with_waves(config)
-    programs = call.programs(config, of_keys=True)
-    gradients.begin(programs)
+    pieces = call.pieces(config, of_keys=True)
+    gradients.begin(pieces)
     d_dense = gradients.d_dense
     strides = (0, 0, 0)
     if d_dense is not None:
@@ -257,9 +256,14 @@ def _launch_backward(call: Call, d_out: Tensor, gradients: Gradients, config: Co
         "dq_sum": gradients.dq_sum, "dq_descriptor": dq_descriptor, "dk": gradients.dk, "dv": gradients.dv,
         "d_position": gradients.d_position, "d_time": gradients.d_time, "d_dense": d_dense,
         **dict(zip(("d_dense_batch", "d_dense_head", "d_dense_row"), strides, strict=True)),
-        "copies": gradients.copies, "DETERMINISTIC": call.deterministic, "SHARED_DENSE": gradients.shared_dense,
+        "copies": gradients.copies, "first_work": 0,
+        "DETERMINISTIC": call.deterministic, "SHARED_DENSE": gradients.shared_dense,
     }  # fmt: skip
-    _start(backward_kernel, call, config, True, arguments)
+    # Deterministic, each program has a copy of the tables to itself: launches of so many programs follow each other.
+    own_copies = call.deterministic and not (gradients.d_position is None and gradients.d_time is None)
+    programs = gradients.copies if own_copies else pieces
+    for begin in range(0, pieces, programs):
+        _start(backward_kernel, call, config, programs, arguments | {"first_work": begin})
 
 
 def _launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
@@ -268,11 +272,10 @@ def _launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config
         "k_descriptor": _descriptor(call.k, config.keys, config),
         "v_descriptor": _descriptor(call.v, config.keys, config),
     }  # fmt: skip
-    _start(backward_rows_kernel, call, config, False, arguments)
+    _start(backward_rows_kernel, call, config, call.pieces(config, of_keys=False), arguments)
 
 
-def _start(kernel: Any, call: Call, config: Config, of_keys: bool, arguments: dict[str, Any]) -> None:
-    programs = call.programs(config, of_keys)
+def _start(kernel: Any, call: Call, config: Config, programs: int, arguments: dict[str, Any]) -> None:
     if call.q.is_cuda:
         with torch.cuda.device(call.q.device):
             kernel[(programs,)](**arguments)
@@ -318,12 +321,6 @@ def _edges(buckets: int, device: torch.device) -> tuple[Tensor, Tensor]:
     edges = torch.cat([torch.zeros(1, dtype=torch.int64), time_bucket_edges(buckets),
                        torch.full((3,), largest, dtype=torch.int64)])  # fmt: skip
     return edges.to(device), edges.clamp(max=torch.iinfo(torch.int32).max).int().to(device)
-
-
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 __all__ = ["INTERPRETED", "Call", "Kind", "run_backward", "run_forward"]

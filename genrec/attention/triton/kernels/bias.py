@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from genrec.attention.triton.kernels.memory import gather
 from genrec.attention.triton.kernels.tiles import EMULATED
 
 BUCKETS_PER_OCTAVE = tl.constexpr(2.3028145533551)
@@ -116,39 +117,45 @@ def bucket(distance, near_edges, BUCKETS: tl.constexpr):
     guess = tl.maximum((log2(distance.to(tl.float32)) * BUCKETS_PER_OCTAVE - DOUBT).to(tl.int32), 0)
     if BUCKETS < 75:  # 2^31 lies in bucket 71
         guess = tl.minimum(guess, BUCKETS - 1)
-    return guess + (distance >= tl.load(near_edges + guess + 1)).to(tl.int32)
+    return guess + (distance >= gather(near_edges, guess + 1)).to(tl.int32)
 
 
 @triton.jit
-def time_bias(
-    zero, i, j, key_times, row_times, kv_len, base, first, last, near, table, edges, near_edges,
+def add_time_bias(
+    x, i, j, key_times, row_times, kv_len, base, first, last, near, table, edges, near_edges,
     BUCKETS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """FACTOR * time_weight[bucket(t'_i - t_j)] of a tile; `zero` is a tile of zeros of its shape.
+    """x + FACTOR * time_weight[bucket(t'_i - t_j)] of a tile.
 
-    Loops over buckets keep the code short; the looked-up tiles are the few near the diagonal.
+    Loops over buckets keep the code short; the tiles that look their buckets up are the few near the diagonal.
     """
-    bias = zero + tl.load(table + first) * FACTOR
-    if first < last:
+    if near & (last - first > FEW):
         rows, keys = load_times(i, j, key_times, row_times, kv_len)
-        if near & (last - first > FEW):
-            distance = near_distances(rows, keys, base)
-            bias = zero + tl.load(table + bucket(distance, near_edges, BUCKETS)) * FACTOR
-        elif near:
-            distance = near_distances(rows, keys, base)
-            for b in range(first + 1, last + 1):
-                bias = tl.where(distance >= tl.load(near_edges + b), tl.load(table + b) * FACTOR, bias)
-        else:
-            for b in range(first + 1, last + 1):
-                far = far_distances(rows, keys) >= tl.load(edges + b)
-                bias = tl.where(far, tl.load(table + b) * FACTOR, bias)
-    return bias
+        x += gather(table, bucket(near_distances(rows, keys, base), near_edges, BUCKETS)) * FACTOR
+    else:
+        weight = tl.load(table + first) * FACTOR
+        x += weight
+        if first < last:
+            rows, keys = load_times(i, j, key_times, row_times, kv_len)
+            if near:
+                distance = near_distances(rows, keys, base)
+                for b in range(first + 1, last + 1):
+                    next_weight = tl.load(table + b) * FACTOR
+                    x = tl.where(distance >= tl.load(near_edges + b), x + (next_weight - weight), x)
+                    weight = next_weight
+            else:
+                for b in range(first + 1, last + 1):
+                    next_weight = tl.load(table + b) * FACTOR
+                    far = far_distances(rows, keys) >= tl.load(edges + b)
+                    x = tl.where(far, x + (next_weight - weight), x)
+                    weight = next_weight
+    return x
 
 
 @triton.jit
 def position_bias(i, j, table, max_positions):
     """position_weight[j - i + M - 1] of rows i and keys j inside the sequence."""
-    return tl.load(table + (j - i + (max_positions - 1)))
+    return gather(table, j - i + (max_positions - 1))
 
 
 @triton.jit

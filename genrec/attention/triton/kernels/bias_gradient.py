@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from genrec.attention.triton.kernels.bias import bucket, far_distances, load_times, near_distances
+from genrec.attention.triton.kernels.memory import scatter_add
 
 SUMMED = tl.constexpr(8)
 """Buckets that a tile sums before it adds; what lies in others, the near distances, it adds one by one."""
@@ -59,10 +60,10 @@ def add_time_gradient(
             for b in range(summed, last + 1):
                 inside = (distance >= tl.load(near_edges + b)) & (distance < tl.load(near_edges + b + 1))
                 add_scalar_to(into + b, total(tl.where(inside, gradient, 0.0)), DETERMINISTIC)
-            if not DETERMINISTIC:
+            if not DETERMINISTIC:  # noqa: SIM102 - known when it is compiled, the other isn't
                 if summed > first:
                     place = bucket(distance, near_edges, BUCKETS)
-                    tl.atomic_add(into + place, gradient, (place < summed) & (gradient != 0.0), sem="relaxed")
+                    scatter_add(into, place, gradient, (place < summed) & (gradient != 0.0))
         else:
             for b in range(first, last + 1):
                 distance = far_distances(rows, keys)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from genrec.attention.triton.kernels.activation import kept, silu
-from genrec.attention.triton.kernels.bias import bucket_span, dense_bias, first_entry, position_bias, time_bias
+from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
@@ -25,75 +25,77 @@ def forward_kernel(
 ):  # fmt: skip
     """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask."""
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
-    for work in range(tl.program_id(0), tl.load(count) * heads, tl.num_programs(0)):
-        b, h, block = locate(work, items, heads)
-        row0 = block * ROWS
-        q_start, q_len = sequence(q_offsets, b)
-        kv_start, kv_len = sequence(kv_offsets, b)
-        contexts, history_end = regions(num_contexts, num_targets, b, kv_len)
-        shift = kv_len - q_len
-        rows = row0 + tl.arange(0, ROWS)
-        i = (rows + shift)[:, None]
-        i_inside = tl.minimum(i, kv_len - 1)
-        q_tile = load_rows(q, None, q_start, row0, q_len, q_row, h.to(tl.int64) * q_head, QK_DIM, QK_WIDTH, ROWS, True,
-                           True)  # fmt: skip
-        if time_table is not None:
-            entry = first_entry(q_start, b, ROWS) + block
-            earliest = tl.load(row_low + entry)
-            latest = tl.load(row_high + entry)
-            keys_entry = first_entry(kv_start, b, KEYS)
-        acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
-        first, low, full_low, full_high, high, target_low, target_high = key_blocks(
-            row0 + shift, tl.minimum(row0 + ROWS, q_len) + shift, contexts, history_end, KEYS, GROUP, WINDOW, CAUSAL,
-            num_targets is not None)  # fmt: skip
-        for CUT in tl.static_range(2):
+    work = tl.program_id(0)
+    if work >= tl.load(count) * heads:
+        return
+    b, h, block = locate(work, items, heads)
+    row0 = block * ROWS
+    q_start, q_len = sequence(q_offsets, b)
+    kv_start, kv_len = sequence(kv_offsets, b)
+    contexts, history_end = regions(num_contexts, num_targets, b, kv_len)
+    shift = kv_len - q_len
+    rows = row0 + tl.arange(0, ROWS)
+    i = (rows + shift)[:, None]
+    i_inside = tl.minimum(i, kv_len - 1)
+    q_tile = load_rows(q, None, q_start, row0, q_len, q_row, h.to(tl.int64) * q_head, QK_DIM, QK_WIDTH, ROWS, True,
+                       True)  # fmt: skip
+    if time_table is not None:
+        entry = first_entry(q_start, b, ROWS) + block
+        earliest = tl.load(row_low + entry)
+        latest = tl.load(row_high + entry)
+        keys_entry = first_entry(kv_start, b, KEYS)
+    acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
+    first, low, full_low, full_high, high, target_low, target_high = key_blocks(
+        row0 + shift, tl.minimum(row0 + ROWS, q_len) + shift, contexts, history_end, KEYS, GROUP, WINDOW, CAUSAL,
+        num_targets is not None)  # fmt: skip
+    for CUT in tl.static_range(2):
+        if CUT:
+            begin = 0
+            end = cut_count(first, low, full_low, full_high, high, target_low, target_high)
+        else:
+            begin = full_low
+            end = full_high
+        for index in tl.range(begin, end, num_stages=STAGES):
             if CUT:
-                begin = 0
-                end = cut_count(first, low, full_low, full_high, high, target_low, target_high)
+                n = cut_block(index, first, low, full_low, full_high, high, target_low)
             else:
-                begin = full_low
-                end = full_high
-            for index in tl.range(begin, end, num_stages=STAGES):
-                if CUT:
-                    n = cut_block(index, first, low, full_low, full_high, high, target_low)
-                else:
-                    n = index
-                j = (n * KEYS + tl.arange(0, KEYS))[None, :]
-                if CUT:
-                    j_inside = tl.minimum(j, kv_len - 1)
-                else:
-                    j_inside = j
-                k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
-                                   CUT, False)  # fmt: skip
-                x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
-                if time_table is not None:
-                    span_first, span_last, near = bucket_span(
-                        earliest, latest, tl.load(key_low + keys_entry + n), tl.load(key_high + keys_entry + n), BUCKETS)
-                    row_times = None
-                    if q_times is not None:
-                        row_times = q_times + (q_start - shift)
-                    x += time_bias(tl.zeros([ROWS, KEYS], tl.float32), i_inside, j_inside, kv_times + kv_start,
-                                   row_times, kv_len, earliest, span_first, span_last, near, time_table, edges,
-                                   near_edges, BUCKETS, FACTOR)  # fmt: skip
-                if position is not None:
-                    x += position_bias(i_inside, j_inside, position, max_positions) * FACTOR
-                if dense is not None:
-                    base = dense + b.to(tl.int64) * dense_batch + h.to(tl.int64) * dense_head
-                    x += dense_bias(base, rows[:, None], j, dense_row, (rows < q_len)[:, None] & (j < kv_len)) * FACTOR
-                p = silu(x, FAST)
-                if CUT:
-                    seen = visible(i, j, contexts, history_end, GROUP, WINDOW, CAUSAL, num_contexts is not None,
-                                   num_targets is not None)  # fmt: skip
-                    p = tl.where(seen & (j < kv_len), p, 0.0)
-                if HAS_DROPOUT:
-                    p *= kept(seed, b * heads + h, i, j, dropout)
-                v_tile = load_rows(v, v_descriptor, kv_start, n * KEYS, kv_len, v_row, h * v_head, V_DIM, V_WIDTH, KEYS,
-                                   CUT, True)  # fmt: skip
-                acc = product(p.to(v_tile.dtype), v_tile, acc, PRECISION)
-        factor = scale
-        if scales is not None:
-            factor = tl.load(scales + b).to(tl.float32)
-        d = tl.arange(0, V_WIDTH)
-        r = tl.arange(0, ROWS)
-        address = out + ((q_start + row0) * out_row + h * out_head) + r[:, None] * out_row + d[None, :]
-        tl.store(address, (acc * factor).to(out.dtype.element_ty), (rows < q_len)[:, None] & (d < V_DIM)[None, :])
+                n = index
+            j = (n * KEYS + tl.arange(0, KEYS))[None, :]
+            if CUT:
+                j_inside = tl.minimum(j, kv_len - 1)
+            else:
+                j_inside = j
+            k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
+                               CUT, False)  # fmt: skip
+            x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
+            if time_table is not None:
+                span_first, span_last, near = bucket_span(
+                    earliest, latest, tl.load(key_low + keys_entry + n), tl.load(key_high + keys_entry + n), BUCKETS
+                )
+                row_times = None
+                if q_times is not None:
+                    row_times = q_times + (q_start - shift)
+                x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
+                                  span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip
+            if position is not None:
+                x += position_bias(i_inside, j_inside, position, max_positions) * FACTOR
+            if dense is not None:
+                base = dense + b.to(tl.int64) * dense_batch + h.to(tl.int64) * dense_head
+                x += dense_bias(base, rows[:, None], j, dense_row, (rows < q_len)[:, None] & (j < kv_len)) * FACTOR
+            p = silu(x, FAST)
+            if CUT:
+                seen = visible(i, j, contexts, history_end, GROUP, WINDOW, CAUSAL, num_contexts is not None,
+                               num_targets is not None)  # fmt: skip
+                p = tl.where(seen & (j < kv_len), p, 0.0)
+            if HAS_DROPOUT:
+                p *= kept(seed, b * heads + h, i, j, dropout)
+            v_tile = load_rows(v, v_descriptor, kv_start, n * KEYS, kv_len, v_row, h * v_head, V_DIM, V_WIDTH, KEYS,
+                               CUT, True)  # fmt: skip
+            acc = product(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    factor = scale
+    if scales is not None:
+        factor = tl.load(scales + b).to(tl.float32)
+    d = tl.arange(0, V_WIDTH)
+    r = tl.arange(0, ROWS)
+    address = out + ((q_start + row0) * out_row + h * out_head) + r[:, None] * out_row + d[None, :]
+    tl.store(address, (acc * factor).to(out.dtype.element_ty), (rows < q_len)[:, None] & (d < V_DIM)[None, :])

@@ -1,0 +1,167 @@
+"""The triton backend on the grid: in Triton's interpreter where there is no GPU, with `-m gpu` on one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.parity.grid import GRID, Case, assert_parity, make_case, run_backend, run_reference
+from tests.parity.test_random_cases import _cases as random_cases
+from tests.parity.triton_checks import (
+    check_deterministic,
+    check_dropout,
+    check_poisoned,
+    check_surroundings,
+    named,
+)
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+interpreted = pytest.mark.skipif(GPU, reason="on a GPU the kernels are compiled: see the tests marked gpu")
+on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def one_head(case: Case) -> Case:
+    """The interpreter's time grows with the heads, and masks don't differ between them."""
+    return replace(case, heads=1) if "-" in case.name else case
+
+
+@interpreted
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_grid(case: Case) -> None:
+    assert_parity("triton", one_head(case), torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["contexts_targets-both", "window-dense", "dims25x25_h2", "cached_targets", "years"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(name: str, dtype: torch.dtype) -> None:
+    assert_parity("triton", one_head(named(name)), dtype)
+
+
+@interpreted
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(random_cases())
+def test_random(case: Case) -> None:
+    assert_parity("triton", case, torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["contexts_targets-both", "cached_targets", "dense_bias_heads"])
+def test_foreign_rows_do_not_matter(name: str) -> None:
+    if named(name).kv_lengths is None and named(name).dense_bias is None:
+        check_surroundings(named(name), torch.float32, "cpu", columns=1)
+    check_poisoned(named(name), torch.float32, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["targets-both", "dense_bias_heads", "causal-dense", "years"])
+def test_deterministic(name: str) -> None:
+    check_deterministic(named(name), torch.float32, "cpu")
+
+
+@interpreted
+def test_dropout() -> None:
+    check_dropout("cpu", 75)
+
+
+def test_a_wrong_bucket_is_noticed() -> None:
+    """One time bucket off by one in one sequence must not pass."""
+    device = "cuda" if GPU else "cpu"
+    inputs = make_case(named("causal-time"), torch.float32, device)
+    reference, _ = run_reference(inputs)
+    inputs.options["bias"].timestamps[-1] -= 10_000
+    wrong, _ = run_backend("triton", inputs)
+    assert (wrong - reference).abs().max() > 1e-4
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_grid_on_gpu(case: Case, dtype: torch.dtype) -> None:
+    assert_parity("triton", case, dtype, "cuda")
+
+
+_REAL = {"heads": 2, "lengths": (1000, 1, 333, 0, 640), "strided": True}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [50, 64, 128, 256])
+@pytest.mark.parametrize("words", [
+    {},
+    {"position": True, "time": True, "times": "ties"},
+    {"position": True, "time": True, "times": "years", "contexts": (4, 0, 2, 0, 3), "targets": (200, 1, 33, 0, 64)},
+    {"position": True, "window": 100, "targets": (200, 1, 33, 0, 64), "group": 2},
+    {"dense_bias": 2},
+], ids=["none", "ties", "years_contexts_targets", "window_targets", "dense"])  # fmt: skip
+def test_real_shapes_on_gpu(words: dict, dim: int, dtype: torch.dtype) -> None:
+    assert_parity("triton", Case("real", **_REAL, qk_dim=dim, v_dim=dim, **words), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@on_gpu
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(random_cases())
+def test_random_on_gpu(case: Case) -> None:
+    assert_parity("triton", case, torch.bfloat16 if len(case.lengths) % 2 else torch.float32, "cuda")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 8])
+@pytest.mark.parametrize("name", ["contexts_targets-both", "long_targets", "dims64x64_h2", "long_full"])
+def test_foreign_rows_do_not_matter_on_gpu(name: str, columns: int, dtype: torch.dtype) -> None:
+    """Columns 1 gives addresses that no wide load may take, 8 such as a descriptor takes."""
+    check_surroundings(named(name), dtype, "cuda", columns)
+    check_poisoned(named(name), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["long_targets", "dense_bias_heads", "causal-dense", "years", "dims64x64_h2"])
+def test_deterministic_on_gpu(name: str, dtype: torch.dtype) -> None:
+    check_deterministic(named(name), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_dropout_on_gpu() -> None:
+    check_dropout("cuda", 250)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_more_than_2_31_elements_on_gpu() -> None:
+    """The last sequence of a batch whose q, k, v and output pass 2^31 elements, beside itself alone."""
+    from genrec.attention import RelativeBias, hstu_attention
+
+    heads, dim, length, count = 16, 128, 1030, 1024
+    total = length * count
+    assert total * heads * dim > 2**31
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v, d_out = (
+        torch.randn(total, heads, dim, device="cuda", dtype=torch.bfloat16, generator=draw) for _ in range(4)
+    )
+    times = torch.arange(total, device="cuda") * 977
+    table, positions = (torch.randn(n, device="cuda", generator=draw) for n in (129, 2 * length - 1))
+
+    def run(begin: int, number: int) -> list[torch.Tensor]:
+        parts = [x[begin : begin + number * length].requires_grad_() for x in (q, k, v)]
+        offsets = torch.arange(number + 1, device="cuda") * length
+        bias = RelativeBias(positions, table, times[begin : begin + number * length])
+        out = hstu_attention(*parts, offsets, length, bias=bias, alpha=0.1, scale=1 / length, backend="triton")
+        gradients = torch.autograd.grad(out, parts, d_out[begin : begin + number * length])
+        return [x[-length:] for x in (out.detach(), *gradients)]
+
+    whole, alone = run(0, count), run(total - length, 1)
+    for x, y in zip(whole, alone, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2 * y.abs().max().item())
