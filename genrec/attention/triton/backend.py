@@ -18,8 +18,10 @@ class TritonBackend:
     """Triton kernels for NVIDIA GPUs from Ampere on; on CPU tensors only in Triton's interpreter, for tests."""
 
     name = "triton"
-    only_when_named = INTERPRETED
-    """The interpreter is slow: "auto" never chooses it."""
+    not_in_auto = (
+        "Triton's interpreter is for tests" if INTERPRETED
+        else "its kernels have not been run on a GPU yet; name it to use it"
+    )  # fmt: skip
 
     def available(self) -> str | None:
         """Why nothing can run here, or None."""
