@@ -171,10 +171,15 @@ def measure(form: str, options: argparse.Namespace) -> list[str]:
     return lines
 
 
-def parity(device: str = "cuda", rows: int = 4099, hidden: int = 1024, heads: int = 4) -> bool:
+PARITY = {"gated": torch.bfloat16, "production": torch.bfloat16, "paper": torch.float32}
+
+
+def parity(forms: Sequence[str] = tuple(PARITY), device: str = "cuda", rows: int = 4099, hidden: int = 1024,
+           heads: int = 4) -> bool:  # fmt: skip
     """The layer outside its attention against fp64, by the tests' bound: 2 (gradients 5) times torch's own error."""
     fine = True
-    for form, dtype in (("gated", torch.bfloat16), ("production", torch.bfloat16), ("paper", torch.float32)):
+    for form in forms:
+        dtype = PARITY[form]
         config = HSTUConfig(hidden_dim=hidden, num_heads=heads, dropout=0.0, attention_backend="torch",
                             group_norm=form == "production", **FORMS[form])  # fmt: skip
         torch.manual_seed(0)
@@ -232,9 +237,11 @@ def parity_of_tokens(device: str = "cuda", rows: int = 4099, hidden: int = 1024)
     return fine
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="parity, then one form without recompute settings")
+    parser.add_argument("--no-parity", action="store_true", help="times alone")
     parser.add_argument("--form", choices=sorted(FORMS), help="default: all")
     parser.add_argument("--attention", default="triton", help="attention backend of both layers")
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -244,6 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--iterations", type=int, default=20)
     options = parser.parse_args(arguments)
+    options.iterations = min(options.iterations, 5) if options.quick else options.iterations
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     if not torch.cuda.is_available():
         print("benchmarks/layer.py measures GPU kernels, and torch sees no CUDA device here: nothing was run.")
         return 2
@@ -252,9 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}")
     print(f"hidden {options.hidden}, {options.heads} heads, B = {options.batch}, S = {options.length}, bf16, "
           f"dropout {options.dropout}")  # fmt: skip
-    fine = all([parity(), parity_of_tokens()])
-    if options.quick:
-        options.iterations = min(options.iterations, 5)
+    fine = options.no_parity or all([parity(), parity_of_tokens()])
     print(f"{'form':<11} {'backend':<7} {'recompute':<15} {'without attention, ms':>26} {'outside':>7} "
           f"{'layer, ms':>26} {'TFLOP/s':>8} {'outside':>8} {'peak GiB':>9}")  # fmt: skip
     for form in [options.form] if options.form else ["gated"] if options.quick else list(FORMS):
