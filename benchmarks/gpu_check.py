@@ -38,8 +38,11 @@ PARITY = [
     "deterministic:long_targets,deterministic:dense_bias_heads,poisoned:long_targets,dropout:250",
     "foreign1:long_targets,foreign8:dims64x64_h2,foreign8:long_full",
 ]
+LAYER = ["layer_parity:gated", "layer_parity:production", "layer_parity:paper", "layer_parity:tokens", "layer:compile"]
+"""The layer around attention, from benchmarks/layer.py: parity, and the compiling of what "layer:quick" times."""
+
 SPEED = [
-    "speed:4,128,4096,full,0", "speed:4,128,4096,full,1", "sweep:forward,128,0", "sweep:backward,128,0",
+    "speed:4,128,4096,full,0", "speed:4,128,4096,full,1", "layer:quick", "sweep:forward,128,0", "sweep:backward,128,0",
     "sweep:forward,128,1", "sweep:backward,128,1", "other:flash", "speed:4,128,4096,jagged,0",
     "sweep:backward,256,0", "sweep:forward,256,0", "sweep:forward,64,0", "sweep:backward,64,0", "other:flex",
     "speed:4,128,4096,candidates,1", "speed:4,128,1024,full,0", "speed:4,128,1024,full,1", "speed:4,128,256,full,0",
@@ -169,6 +172,20 @@ def task(name: str) -> None:
 
         kind, bias = rest.split(",")
         print(f"  ok {kind} bias={bias} 4x128: error {check(_point(128, bias == '1', kind))}", flush=True)
+    elif head == "layer_parity":
+        from benchmarks import layer
+
+        print("  ", end="")
+        if rest == "tokens":
+            layer.parity_of_tokens()
+        else:
+            layer.parity([rest])
+    elif head == "layer":
+        from benchmarks import layer
+
+        # Rows that 16 divides, as those of the timed run, so that the same kernels are compiled.
+        small = ["--batch", "2", "--length", "2048", "--iterations", "1"] if rest == "compile" else []
+        layer.main(["--quick", "--no-parity", *small])
     else:
         for case in name.split(","):
             begin = time.perf_counter()
@@ -212,6 +229,7 @@ def interleaved() -> Iterator[str]:
     """Compiling and parity, what is needed first at the front."""
     yield from COMPILE[:2]
     yield from PARITY[:4]
+    yield from LAYER
     yield from COMPILE[2:20]
     yield from PARITY[4:]
     yield from COMPILE[20:]
