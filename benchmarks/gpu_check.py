@@ -152,7 +152,11 @@ def compile_one(kind: str, dim: int, bias: bool, number: int) -> None:
 def task(name: str) -> None:
     """Runs one part in this process; its lines go to stdout."""
     head, _, rest = name.partition(":")
-    if head == "speed":
+    if head == "machine":
+        from benchmarks.attention import machine
+
+        print(" ", machine(), flush=True)
+    elif head == "speed":
         from benchmarks.attention import measure
 
         heads, dim, length, kind, bias = rest.split(",")
@@ -203,11 +207,19 @@ def task(name: str) -> None:
 _say = threading.Lock()
 
 
+def say(line: str) -> None:
+    """To stdout, and into gpu_check.txt of the folder that OUT names, if any."""
+    print(line, flush=True)
+    if os.environ.get("OUT"):
+        with Path(os.environ["OUT"], "gpu_check.txt").open("a") as file:
+            file.write(line + "\n")
+
+
 def run_apart(name: str, limit: float) -> None:
-    """A task in its own process; its output is printed at once when it ends."""
+    """A task in its own process; its output is printed when it ends."""
     if limit < 3:
         with _say:
-            print(f"- {name}: no time left", flush=True)
+            say(f"- {name}: no time left")
         return
     begin = time.perf_counter()
     command = [sys.executable, str(Path(__file__).resolve()), "--task", name]
@@ -220,9 +232,9 @@ def run_apart(name: str, limit: float) -> None:
         errors, status = "", f" TIMEOUT after {limit:.0f} s"
     with _say:
         if shown or status:
-            print(f"- {name}{status} ({time.perf_counter() - begin:.1f} s)\n{shown}", end="", flush=True)
+            say(f"- {name}{status} ({time.perf_counter() - begin:.1f} s)\n{shown}".rstrip())
         if status:
-            print("  " + "\n  ".join(errors.strip().splitlines()[-6:]), flush=True)
+            say("  " + "\n  ".join(line[:300] for line in errors.strip().splitlines()[-6:]))
 
 
 def interleaved() -> Iterator[str]:
@@ -246,16 +258,16 @@ def main() -> int:
         task(options.task)
         return 0
     begin = time.perf_counter()
-    subprocess.run(["nvidia-smi", "--query-gpu=name,clocks.max.sm,power.limit", "--format=csv,noheader"], check=False)
-    subprocess.run([sys.executable, "-c", "import torch, triton; print(torch.__version__, triton.__version__)"])
+    say(f"{os.cpu_count()} cores, {options.workers} workers")
+    run_apart("machine", 60)
     with ThreadPoolExecutor(options.workers) as pool:
         half = 0.5 * options.limit
         for name in interleaved():
             pool.submit(lambda name=name: run_apart(name, half - (time.perf_counter() - begin)))
-    print(f"== speed, after {time.perf_counter() - begin:.0f} s", flush=True)
+    say(f"== speed, after {time.perf_counter() - begin:.0f} s")
     for name in SPEED:
         run_apart(name, min(40.0, options.limit - (time.perf_counter() - begin)))
-    print(f"== done after {time.perf_counter() - begin:.0f} s", flush=True)
+    say(f"== done after {time.perf_counter() - begin:.0f} s")
     return 0
 
 
