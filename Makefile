@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -12,17 +13,21 @@ ARGS ?=
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY)  ## Create .venv with everything that the recipes and tests need
+setup: $(BUILT)  ## Create .venv with everything that the recipes and tests need
 
 # torch goes first and with its own dependencies (its CUDA builds need them). All else comes from the lock with
 # --no-deps, since torchrec's metadata asks for a clashing fbgemm and an old torchmetrics.
-$(READY): requirements/lock.txt pyproject.toml csrc/CMakeLists.txt
+$(READY): requirements/lock.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(head -n 1 requirements/lock.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/lock.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
 		$$(if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; \
 			then echo fbgemm-gpu==$(FBGEMM); else echo fbgemm-gpu-cpu==$(FBGEMM); fi)
+	@touch $@
+
+# The package and its libraries for the CPU: built anew where their sources have changed.
+$(BUILT): $(READY) csrc/CMakeLists.txt $(shell find csrc/common csrc/hkv -type f)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check \
 		--no-deps --no-build-isolation --editable .
 	$(BIN)/python -m genrec.environment

@@ -47,7 +47,7 @@ void chunked(int64_t n, int threads, Body&& body) {
 }  // namespace
 
 const char* genrec_hkv_error(void) { return last_error.c_str(); }
-int32_t genrec_hkv_abi_version(void) { return 2; }
+int32_t genrec_hkv_abi_version(void) { return 3; }
 const char* genrec_hkv_isa(void) { return kernels().name; }
 
 void genrec_hkv_mix(const int64_t* keys, int64_t n, int32_t inverse, int64_t* out) {
@@ -71,8 +71,8 @@ int32_t genrec_hkv_create(const genrec_hkv_options* options, const char* file_di
 
 void genrec_hkv_destroy(genrec_hkv_table table) { delete static_cast<Table*>(table); }
 
-void genrec_hkv_get_info(genrec_hkv_table table, genrec_hkv_info* info) {
-  locked(table, [&](Table& t) { *info = t.info(); });
+void genrec_hkv_get_info(genrec_hkv_table table, int32_t count_tiers, genrec_hkv_info* info) {
+  locked(table, [&](Table& t) { *info = t.info(count_tiers != 0); });
 }
 
 int32_t genrec_hkv_set_init_seed(genrec_hkv_table table, uint64_t seed) {

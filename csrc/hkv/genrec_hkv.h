@@ -80,7 +80,8 @@ GENREC_API void genrec_hkv_owners(const int64_t* keys, int64_t n, int64_t world_
 GENREC_API int32_t genrec_hkv_create(const genrec_hkv_options* options, const char* file_directory,
                                      genrec_hkv_table* table);
 GENREC_API void genrec_hkv_destroy(genrec_hkv_table table);
-GENREC_API void genrec_hkv_get_info(genrec_hkv_table table, genrec_hkv_info* info);
+// tier_rows are counted (a walk over all slots where there are tiers) or 0.
+GENREC_API void genrec_hkv_get_info(genrec_hkv_table table, int32_t count_tiers, genrec_hkv_info* info);
 // Of (seed, table): how rows start from now on.
 GENREC_API int32_t genrec_hkv_set_init_seed(genrec_hkv_table table, uint64_t seed);
 

@@ -1,5 +1,6 @@
 #include "hkv/storage.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,14 +24,20 @@ Arena::Arena(size_t bytes, const std::string& directory) : bytes_(bytes) {
       throw std::runtime_error("can't create a file for table rows in " + directory + ": " + strerror(errno));
     }
     unlink(path.c_str());
-    if (ftruncate(file_, static_cast<off_t>(bytes)) != 0) {
-      throw std::runtime_error("can't size the row file in " + directory + ": " + strerror(errno));
+    // All of it at once: a file with holes would kill the process when a full disk can't fill one.
+    const int error = posix_fallocate(file_, 0, static_cast<off_t>(bytes));
+    if (error != 0) {
+      close(file_);
+      throw std::runtime_error("can't get " + std::to_string(bytes) + " bytes for a file of table rows in " + directory +
+                               ": " + strerror(error));
     }
     flags = MAP_SHARED;
   }
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, file_, 0);
   if (memory == MAP_FAILED) {
-    throw std::runtime_error("can't map " + std::to_string(bytes) + " bytes for table rows: " + strerror(errno));
+    const int error = errno;
+    if (file_ >= 0) close(file_);
+    throw std::runtime_error("can't map " + std::to_string(bytes) + " bytes for table rows: " + strerror(error));
   }
   data_ = static_cast<uint8_t*>(memory);
   // Rows are visited at random: large pages save most of the address translation.

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "common/thread_pool.h"
 
@@ -146,12 +147,13 @@ void Table::move_block(uint64_t block, const IndexView& old_view, const RowStore
 }
 
 void Table::grow(int threads) {
-  Arena old_index = std::move(index_);
-  RowStore old_store = std::move(store_);
-  const IndexView old_view = view_;
-  index_ = Arena();
-  store_ = RowStore();
-  make_arenas(old_view.num_buckets * 2, &index_, &store_, &view_);
+  Arena index;
+  RowStore store;
+  IndexView view{};
+  make_arenas(view_.num_buckets * 2, &index, &store, &view);  // throws where memory ends: the table is as it was
+  const Arena old_index = std::exchange(index_, std::move(index));
+  const RowStore old_store = std::exchange(store_, std::move(store));
+  const IndexView old_view = std::exchange(view_, view);
   const uint64_t unit = view_.choices == 2 ? kBlockBuckets : 1;
   const int64_t blocks = static_cast<int64_t>((old_view.num_buckets + unit - 1) / unit);
   std::vector<Partition> lost(static_cast<size_t>(blocks));
@@ -313,7 +315,7 @@ void Table::restore_counters(int64_t n, const int64_t* keys, const uint32_t* cou
   for (int64_t i = 0; i < n; ++i) counters_.restore(keys[i], counts[i], steps[i]);
 }
 
-genrec_hkv_info Table::info() const {
+genrec_hkv_info Table::info(bool count_tiers) const {
   genrec_hkv_info info = totals_;
   info.size = size_;
   info.capacity = static_cast<int64_t>(num_slots());
@@ -330,6 +332,7 @@ genrec_hkv_info Table::info() const {
     info.tier_bytes[tier] = static_cast<int64_t>(store_.tier_bytes(tier));
     info.tier_rows[tier] = 0;
   }
+  if (!count_tiers) return info;
   if (!view_.has_positions) {
     info.tier_rows[0] = size_;
     return info;

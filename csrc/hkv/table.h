@@ -29,7 +29,7 @@ class Table {
   int64_t generation() const { return generation_; }
   void set_init_seed(uint64_t seed) { init_.seed = seed; }
 
-  genrec_hkv_info info() const;
+  genrec_hkv_info info(bool count_tiers) const;
   void find(const int64_t* keys, int64_t n, int threads, int64_t* rows) const;
   void lookup(const genrec_hkv_batch& batch, int threads, genrec_hkv_lookup_result* result);
   int64_t erase(const int64_t* keys, int64_t n);

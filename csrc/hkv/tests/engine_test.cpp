@@ -131,7 +131,7 @@ void run(const Config& config, int threads) {
     }
   }
   genrec_hkv_info info;
-  genrec_hkv_get_info(table, &info);
+  genrec_hkv_get_info(table, 1, &info);
   const int64_t buckets = info.capacity / 128;
   std::vector<int64_t> keys(info.capacity), rows(info.capacity);
   std::vector<uint64_t> scores(info.capacity);
@@ -147,7 +147,7 @@ void run(const Config& config, int threads) {
   CHECK(genrec_hkv_pop_evicted(table, info.pending_evicted, gone.data(), gone_scores.data(), weights.data(),
                                state.data()) == 0);
   CHECK(genrec_hkv_clear(table) == 0);
-  genrec_hkv_get_info(table, &info);
+  genrec_hkv_get_info(table, 1, &info);
   CHECK(info.size == 0 && info.pending_evicted == 0);
   genrec_hkv_destroy(table);
   std::printf("ok %s, %d threads\n", config.name, threads);

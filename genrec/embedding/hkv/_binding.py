@@ -9,7 +9,7 @@ from typing import Any
 
 from genrec._native import NativeLibraryError, load_library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 INSERT, ADMIT, TOUCH, UPDATE, COUNT = 1, 2, 4, 8, 16
 
@@ -131,7 +131,7 @@ def library() -> ctypes.CDLL:
     lib.genrec_hkv_mix.argtypes, lib.genrec_hkv_mix.restype = [_P, _L, _I, _P], None
     lib.genrec_hkv_owners.argtypes, lib.genrec_hkv_owners.restype = [_P, _L, _L, _P], None
     lib.genrec_hkv_destroy.argtypes, lib.genrec_hkv_destroy.restype = [_P], None
-    lib.genrec_hkv_get_info.argtypes, lib.genrec_hkv_get_info.restype = [_P, POINTER(Info)], None
+    lib.genrec_hkv_get_info.argtypes, lib.genrec_hkv_get_info.restype = [_P, _I, POINTER(Info)], None
     return lib
 
 

@@ -98,34 +98,38 @@ class TableCore:
 
     # Sizes and counters -----------------------------------------------------------------------------------------------
 
-    def info(self) -> _binding.Info:
-        """The engine's counters."""
+    def info(self, count_tiers: bool = True) -> _binding.Info:
+        """The engine's counters.
+
+        Args:
+            count_tiers: Fill `tier_rows`; in a tiered table this visits every slot.
+        """
         info = _binding.Info()
-        _binding.library().genrec_hkv_get_info(self._handle, byref(info))
+        _binding.library().genrec_hkv_get_info(self._handle, count_tiers, byref(info))
         return info
 
     def __len__(self) -> int:
-        return int(self.info().size)
+        return int(self.info(False).size)
 
     @property
     def size(self) -> int:
         """Keys that have rows."""
-        return int(self.info().size)
+        return int(self.info(False).size)
 
     @property
     def capacity(self) -> int:
         """Rows for which there is room now."""
-        return int(self.info().capacity)
+        return int(self.info(False).capacity)
 
     @property
     def max_capacity(self) -> int:
         """Rows to which the table may grow: the config's capacity, rounded up to whole buckets."""
-        return int(self.info().max_capacity)
+        return int(self.info(False).max_capacity)
 
     @property
     def generation(self) -> int:
         """Changes whenever rows may have moved other than by eviction: growth, erasure, clearing."""
-        return int(self.info().generation)
+        return int(self.info(False).generation)
 
     def metrics(self) -> dict[str, float]:
         """For a logger: sizes now, and counts since the table was made."""

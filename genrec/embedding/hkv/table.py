@@ -153,7 +153,7 @@ class HkvTable(TableCore):
         """
         if not self.options.record_evicted:
             raise ValueError(f"Table '{self.config.name}' doesn't record evicted rows: set record_evicted: true.")
-        n = int(self.info().pending_evicted)
+        n = int(self.info(False).pending_evicted)
         columns = {
             "keys": torch.empty(n, dtype=torch.int64),
             "scores": torch.empty(n, dtype=torch.int64),

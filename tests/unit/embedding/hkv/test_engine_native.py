@@ -19,6 +19,9 @@ WIDE = {
 }
 
 
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
 def build(folder: Path, sanitizer: str) -> Path:
     """engine_test with the engine's sources, all compiled for the sanitizer."""
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", f"-I{SOURCES}",
@@ -30,18 +33,18 @@ def build(folder: Path, sanitizer: str) -> Path:
     def compiled(name: str) -> str:
         target = str(folder / f"{Path(name).stem}.o")
         subprocess.run(
-            ["g++", *flags, *wide.get(name, "").split(), "-c", str(SOURCES / name), "-o", target], check=True
+            [COMPILER, *flags, *wide.get(name, "").split(), "-c", str(SOURCES / name), "-o", target], check=True
         )
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, [*ENGINE, *wide]))
     program = folder / "engine_test"
-    subprocess.run(["g++", *flags, *objects, "-o", str(program)], check=True)
+    subprocess.run([COMPILER, *flags, *objects, "-o", str(program)], check=True)
     return program
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_engine_under_sanitizer(tmp_path, sanitizer):
     program = build(tmp_path, sanitizer)
