@@ -44,12 +44,12 @@ retrieval: setup  ## Train and test an HSTU retrieval model on synthetic data (A
 test: setup  ## Run all tests (ARGS="tests/unit -k name")
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: setup  ## ruff, format check, mypy
+lint: $(READY)  ## ruff, format check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## Format the code
+format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
