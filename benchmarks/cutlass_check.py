@@ -75,11 +75,10 @@ def main() -> int:
 def watch(start: int, names: list[str], end: float, only: str) -> tuple[int, int]:
     """A child from stage `start` on; the stage to go on with, and how many went wrong."""
     process = subprocess.Popen([sys.executable, "-u", __file__, "--child", str(start), "--only", only],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert process.stdout is not None
     selector = selectors.DefaultSelector()
     selector.register(process.stdout, selectors.EVENT_READ)
-    os.set_blocking(process.stdout.fileno(), False)
     at, bad, limit, pending = start, 0, FIRST_SECONDS, ""
     while True:
         if not selector.select(timeout=limit) or time.monotonic() > end:
@@ -87,7 +86,7 @@ def watch(start: int, names: list[str], end: float, only: str) -> tuple[int, int
             hung = time.monotonic() <= end
             print(f"{names[min(at, len(names) - 1)]}: {'HUNG, killed' if hung else 'out of time'}")
             return (at + 1 if hung else len(names)), bad + hung
-        text = process.stdout.read()
+        text = os.read(process.stdout.fileno(), 65536).decode(errors="replace")
         if not text:
             break
         *lines, pending = (pending + text).split("\n")
