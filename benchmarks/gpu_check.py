@@ -252,18 +252,20 @@ def cutlass(left: float) -> None:
     """The CUTLASS kernels, where a library of them lies in .gpu (or genrec/_lib); variants beside it: times only."""
     built = [folder for folder in (ROOT / ".gpu", ROOT / "genrec" / "_lib") if (folder / CUTLASS).is_file()][:1]
     if not built:
-        print(f"- cutlass: no {CUTLASS} in .gpu or genrec/_lib", flush=True)
+        say(f"- cutlass: no {CUTLASS} in .gpu or genrec/_lib")
         return
     variants = sorted(path.parent for path in built[0].glob(f"*/{CUTLASS}"))
     script, end = str(Path(__file__).with_name("cutlass_check.py")), time.perf_counter() + left
     for folder, options in [(built[0], []), *[(variant, ["--only", "time"]) for variant in variants]]:
         seconds = min(30.0 if not options else 12.0, end - time.perf_counter())
-        print(f"- cutlass {folder.relative_to(ROOT)}", flush=True)
+        say(f"- cutlass {folder.relative_to(ROOT)}")
         command = [sys.executable, script, "--library", str(folder), "--seconds", str(seconds), *options]
         try:  # it watches its own child; this is for the case that it can't
-            subprocess.run(command, timeout=max(seconds, 0.0) + 10, cwd=ROOT, check=False)
-        except subprocess.TimeoutExpired:
-            print("  TIMEOUT", flush=True)
+            done = subprocess.run(command, timeout=max(seconds, 0.0) + 10, cwd=ROOT, capture_output=True)
+            shown, status = done.stdout + done.stderr, ""
+        except subprocess.TimeoutExpired as error:
+            shown, status = error.stdout or b"", "  TIMEOUT"
+        say(shown.decode(errors="replace").rstrip() + status)
 
 
 def main() -> int:
@@ -283,13 +285,9 @@ def main() -> int:
         half = 0.5 * options.limit
         for name in interleaved():
             pool.submit(lambda name=name: run_apart(name, half - (time.perf_counter() - begin)))
-<<<<<<< HEAD
-    say(f"== speed, after {time.perf_counter() - begin:.0f} s")
-=======
-    print(f"== cutlass, after {time.perf_counter() - begin:.0f} s", flush=True)
+    say(f"== cutlass, after {time.perf_counter() - begin:.0f} s")
     cutlass(options.limit - (time.perf_counter() - begin))
-    print(f"== speed, after {time.perf_counter() - begin:.0f} s", flush=True)
->>>>>>> 59f92c5 (GPU check: the CUTLASS kernels)
+    say(f"== speed, after {time.perf_counter() - begin:.0f} s")
     for name in SPEED:
         run_apart(name, min(40.0, options.limit - (time.perf_counter() - begin)))
     say(f"== done after {time.perf_counter() - begin:.0f} s")
