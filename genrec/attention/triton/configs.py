@@ -55,7 +55,7 @@ _ROWS = {
     128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
     256: [Config(64, 64, 8, 1), Config(64, 32, 8, 2)],
 }
-# Products of fp32 run on the ordinary units, from registers: small blocks.
+# An element of fp32 is three of tf32 on the way to the tensor cores: small blocks.
 _WIDE = {64: [Config(64, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 32, 8, 1)]}
 _WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 32, 8, 1)]}
 _LISTS = {"forward": _FORWARD, "backward": _BACKWARD, "backward_rows": _ROWS}

@@ -131,7 +131,8 @@ class Call:
             "GROUP": self.group, "WINDOW": self.window, "CAUSAL": self.causal,
             "HAS_DROPOUT": self.dropout > 0.0, "BUCKETS": 0 if self.time is None else self.time.numel(),
             "FAST": self.shape.bits == 16 and not INTERPRETED,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            # Three products of tf32 make one of fp32, on the tensor cores and with room for the accumulators.
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
             "ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages,
             "num_warps": config.warps, "num_stages": config.stages,
         }  # fmt: skip
