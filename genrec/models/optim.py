@@ -108,6 +108,11 @@ class CombinedOptimizer(Optimizer):
         }
         return [weights.get(group["name"], group["params"]) for group in self.param_groups]
 
+    def replace(self, name: str, optimizer: Optimizer) -> None:
+        """Have another optimizer do the part `name`, over the same group dicts."""
+        self.optimizers[name] = optimizer
+        self._link()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._link()

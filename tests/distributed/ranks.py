@@ -16,8 +16,17 @@ import torch.distributed as dist
 _PRELOAD = ["torchrec.distributed.model_parallel", "genrec.embedding.hkv.sharding", "genrec.models"]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, preload: Sequence[str] = ()) -> list[Any]:
-    """`function(rank, world_size, *arguments)` in each of so many gloo processes; their results by rank.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, preload: Sequence[str] = (), backend: str = "gloo"
+) -> list[Any]:
+    """`function(rank, world_size, *arguments)` in each of so many processes; their results by rank.
+
+    Args:
+        function: Of a module that the processes can import.
+        world_size: Processes.
+        arguments: More of its arguments.
+        preload: Modules that are imported once for all processes.
+        backend: "gloo", or "nccl" with a GPU for each rank.
 
     Raises:
         AssertionError: A rank failed; with its traceback.
@@ -29,7 +38,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, pr
         port = probe.getsockname()[1]
     queue = context.Queue()
     processes = [
-        context.Process(target=_rank_main, args=(queue, function, rank, world_size, port, arguments))
+        context.Process(target=_rank_main, args=(queue, function, rank, world_size, port, backend, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -49,14 +58,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, pr
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank_main(queue: Any, function: Any, rank: int, world_size: int, port: int, arguments: Any) -> None:
+def _rank_main(queue: Any, function: Any, rank: int, world_size: int, port: int, backend: str, arguments: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
     )  # fmt: skip
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
         # As bytes: tensors would travel through files that go with this process.
         result = io.BytesIO()
         torch.save(function(rank, world_size, *arguments), result)

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from genrec.parallel import _groups as groups
 from genrec.parallel import megatron
 from tests.distributed.ranks import run_ranks
 
@@ -27,7 +28,7 @@ def test_sizes_that_do_not_fit_are_errors_with_a_cure(sizes, message):
 
 
 def test_missing_megatron_is_an_error_with_a_cure(monkeypatch):
-    monkeypatch.setattr(megatron.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(groups.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"tensor_parallel_size 2 needs Megatron-Core.*pip install"):
         megatron.require_megatron("tensor_parallel_size 2")
 
@@ -89,13 +90,13 @@ def _groups(rank: int, world_size: int) -> dict:
 def test_groups_and_data_parallel_on_four_ranks():
     results = run_ranks(_groups, 4, preload=PRELOAD)
     for rank, result in enumerate(results):
-        groups = result["groups"]
-        assert groups[1] == {"tensor": [rank], "data": [0, 1, 2, 3], "places": (0, 1, rank, 4)}
+        made = result["groups"]
+        assert made[1] == {"tensor": [rank], "data": [0, 1, 2, 3], "places": (0, 1, rank, 4)}
         pair, column = rank // 2 * 2, rank % 2
-        assert groups[2] == {
+        assert made[2] == {
             "tensor": [pair, pair + 1], "data": [column, column + 2], "places": (column, 2, rank // 2, 2),
         }  # fmt: skip
-        assert groups[4] == {"tensor": [0, 1, 2, 3], "data": [rank], "places": (rank, 4, 0, 1)}
+        assert made[4] == {"tensor": [0, 1, 2, 3], "data": [rank], "places": (rank, 4, 0, 1)}
         for name, value in result["started"].items():
             source = {"dense": 0, "split": column, "table": rank}[name.split(".")[0]]
             assert torch.equal(value, results[source]["own"][name])
