@@ -170,6 +170,7 @@ def describe(state: Mapping[str, Any]) -> str:
 _KEEPS: dict[str, dict[str, bool]] = {
     "Adam": {"step": True, "exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": False},
     "AdamW": {"step": True, "exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": False},
+    "DistributedAdamW": {"step": True, "exp_avg": True, "exp_avg_sq": True},
     "Adagrad": {"step": True, "sum": True},
     "RowWiseAdagrad": {"sum": True},
     "SGD": {"momentum_buffer": False},

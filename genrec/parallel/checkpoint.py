@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from genrec.parallel import _folders, _pieces
+from genrec.parallel._data_parallel import distributed_parts
 from genrec.parallel._folders import META, TABLES, coordination_group, on_all, on_first
 from genrec.parallel._sources import FileSource, FolderSource, whole_checkpoint
 from genrec.parallel._state import (
@@ -90,6 +91,8 @@ class _Save:
         group: dist.ProcessGroup | None,
     ) -> None:  # fmt: skip
         self.path, self.module, self.group = path, module, group
+        for part in distributed_parts(optimizers):
+            part.collect_state()
         self.info = {
             "global_step": checkpoint.get("global_step"),
             "epoch": checkpoint.get("epoch"),
@@ -335,6 +338,8 @@ def load(
     except CheckpointException as error:
         raise ValueError(f"The checkpoint '{chosen}' could not be read: {_reason(error)}.") from error
     on_all(finish, group)
+    for part in distributed_parts(optimizers):
+        part.spread_state()
     _say(f"Loaded '{chosen}'" + (f": {_folders.describe(manifest)}." if manifest else " (of one process)."))
     checkpoint = source.checkpoint
     if "lr_schedulers" in checkpoint:

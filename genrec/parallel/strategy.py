@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardedModule, ShardingEnv
@@ -259,6 +260,8 @@ class HybridParallelStrategy(ParallelStrategy):
                 f"configure_optimizers returned {len(self.optimizers)} optimizers, and HybridParallelStrategy trains "
                 "with one: combine them in genrec.models.optim.CombinedOptimizer."
             )
+        if isinstance(self.model, megatron.MegatronDataParallel):
+            self.optimizers = [megatron.distribute_optimizer(one, self.model) for one in self.optimizers]
 
     @property
     @override
@@ -311,6 +314,13 @@ class HybridParallelStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         with self.precision_plugin.predict_step_context():
             return self.lightning_module.predict_step(*args, **kwargs)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Any:
+        wrapped = isinstance(self.model, (DistributedDataParallel, megatron.MegatronDataParallel))
+        with self.model.no_sync() if wrapped else nullcontext():  # type: ignore[union-attr, operator]
+            yield
 
     # Collectives ----------------------------------------------------------------------------------------------------
 

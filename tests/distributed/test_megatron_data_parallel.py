@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.overrides import TorchFunctionMode
 
 from genrec.models.optim import CombinedOptimizer
-from genrec.parallel import megatron
-from genrec.parallel.parallelize import clip_grad_norm, parallelize
+from genrec.parallel import checkpoint, megatron
+from genrec.parallel.parallelize import clip_grad_norm, parallelize, shard_dims
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_tensor_parallel import FORMS, Model, shares
 
@@ -86,7 +86,7 @@ class Training:
         return losses
 
 
-def _compare(rank: int, world_size: int, size: int, device: str) -> dict[str, float]:
+def _compare(rank: int, world_size: int, size: int, device: str, folder: str) -> dict[str, float]:
     megatron.initialize(size)
     plain = Training(size, "torch", device)
     expected = plain.run(6)
@@ -95,18 +95,14 @@ def _compare(rank: int, world_size: int, size: int, device: str) -> dict[str, fl
         megatron.initialize(size, dense="megatron")
         spread = Training(size, "megatron", device)
         losses = spread.run(3)
-        spread.spread.collect_state()
-        weights = {name: p.detach().clone() for name, p in spread.model.named_parameters()}
-        state = {name: dict(spread.optimizer.state[p]) for name, p in spread.model.named_parameters()}
+        dims = shard_dims(spread.model)
+        checkpoint.save(folder, {}, spread.model, [spread.optimizer], shard_dims=dims)
         rates = spread.schedule.state_dict()
         losses += spread.run(3)
         spread.spread.collect_state()
 
         resumed = Training(size, "megatron", device)
-        for name, parameter in resumed.model.named_parameters():
-            parameter.data.copy_(weights[name])
-            resumed.optimizer.state[parameter] = state[name]
-        resumed.spread.spread_state()
+        checkpoint.load(folder, resumed.model, [resumed.optimizer], shard_dims=dims)
         resumed.schedule.load_state_dict(rates)
         for group, other in zip(resumed.optimizer.param_groups, spread.optimizer.param_groups, strict=True):
             group["lr"] = rates["_last_lr"][0]
@@ -141,16 +137,16 @@ def check(results: list[dict[str, float]]) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(2, 1), (4, 2)])
-def test_megatron_with_faked_cuda_trains_and_resumes_as_torch_does(world_size, size):
-    check(run_ranks(_compare, world_size, size, "cpu", preload=PRELOAD))
+def test_megatron_with_faked_cuda_trains_and_resumes_as_torch_does(world_size, size, tmp_path):
+    check(run_ranks(_compare, world_size, size, "cpu", f"{tmp_path}/saved", preload=PRELOAD))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("world_size", "size"), [(1, 1), (2, 1), (2, 2), (4, 2)])
-def test_megatron_on_gpus_trains_and_resumes_as_torch_does(world_size, size):
+def test_megatron_on_gpus_trains_and_resumes_as_torch_does(world_size, size, tmp_path):
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
-    check(run_ranks(_compare, world_size, size, "cuda", preload=PRELOAD, backend="nccl"))
+    check(run_ranks(_compare, world_size, size, "cuda", f"{tmp_path}/saved", preload=PRELOAD, backend="nccl"))
 
 
 def test_megatron_names_what_it_can_not_train(tmp_path):
