@@ -37,7 +37,14 @@ class Shape:
         return f"{self.rows}x{self.heads}x{self.v_dim}x{self.qk_dim}{'-strided' if self.strided else ''}"
 
 
-SMALL = [Shape(37, 2, 16, 8), Shape(19, 3, 25, 50, True), Shape(5, 1, 130, 1), Shape(1, 4, 1, 3), Shape(0, 2, 8, 8)]
+SMALL = [
+    Shape(37, 2, 16, 8),
+    Shape(19, 3, 25, 50, True),
+    Shape(5, 1, 130, 1),
+    Shape(1, 4, 1, 3),
+    Shape(0, 2, 8, 8),
+    Shape(3, 32, 256, 8),
+]
 REAL = [Shape(5000, 4, 256, 256), Shape(3001, 8, 128, 64, True), Shape(700, 32, 256, 128), Shape(4099, 2, 50, 25)]
 SHAPES = [*SMALL, *(pytest.param(s, marks=pytest.mark.gpu) for s in REAL)]
 
@@ -325,3 +332,32 @@ def test_dropout_has_the_same_mask_backward(kind: str, concat: bool) -> None:
         return (y.flatten(1),)
 
     assert_parity(kernel, twin, inputs, torch.float32)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2**30 elements apart: the third begins where 32 bits end. Untouched memory costs nothing on the CPU."""
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 64), (2**30, 1))
+    near = torch.randn(3, 64, device=DEVICE).bfloat16()
+    far.copy_(near)
+    leaves = [x.requires_grad_() for x in (far, near)]
+    outs = [layer_norm(x, None, None, 2, 1e-6, x.dtype)[0] for x in leaves]
+    assert torch.equal(*outs)
+    assert torch.equal(*(torch.autograd.grad(y, x, x.detach())[0] for x, y in zip(leaves, outs, strict=True)))
+    places = [torch.tensor([2, 0], device=DEVICE), torch.tensor([1], device=DEVICE)]
+    assert torch.equal(torch.cat(take_rows(far.detach(), places)), near[[2, 0, 1]])
+    parts = [x.detach().view(3, 2, 32) if x is near else x.detach().unflatten(1, (2, 32)) for x in leaves]
+    products = [gated_product(a, a, None, None, None, None, 1, 1e-6, 0.0, True, True, a.dtype)[0] for a in parts]
+    assert torch.equal(*products)
+
+
+@pytest.mark.gpu
+def test_more_than_32_bits_of_elements() -> None:
+    """Contiguous tensors of 2**31 elements and more, written and read."""
+    rows = 2**21 + 3
+    x = torch.randn(rows, 1024, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    y = layer_norm(x, None, None, 1, 1e-6, x.dtype)[0]
+    (dx,) = torch.autograd.grad(y, x, x.detach())
+    tail = x.detach()[-5:].clone().requires_grad_()
+    want = layer_norm(tail, None, None, 1, 1e-6, x.dtype)[0]
+    assert torch.equal(y[-5:], want)
+    assert torch.equal(dx[-5:], torch.autograd.grad(want, tail, tail.detach())[0])
