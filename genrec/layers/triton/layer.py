@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from triton import knobs
 
 from genrec.layers.hstu import HeadNorm
 from genrec.layers.ops import apply_linear, note_use, project
@@ -127,6 +128,11 @@ class TritonLayerOps:
                 raise TypeError(
                     f"Layer backend 'triton' knows fp32, bf16 and fp16, got {x.dtype}. Choose layer_backend 'torch' "
                     "or 'auto'."
+                )
+            if not x.is_cuda and not knobs.runtime.interpret:
+                raise ValueError(
+                    f"Layer backend 'triton' needs tensors on a GPU, these are on {x.device}. Move the model and its "
+                    "batches there, or choose layer_backend 'torch' or 'auto'."
                 )
 
 

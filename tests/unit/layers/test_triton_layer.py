@@ -271,6 +271,17 @@ def test_fp64_is_an_error_with_a_cure() -> None:
         layer(tokens.x, tokens)
 
 
+def test_tensors_on_the_cpu_are_an_error_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    layer = HSTULayer(replace(BASE, layer_backend="torch"))
+    layer.ops = get_layer_ops("triton")
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    tokens = _tokens(BASE)
+    with pytest.raises(ValueError, match=r"needs tensors on a GPU, these are on cpu.*'torch' or 'auto'"):
+        layer(tokens.x.cpu(), tokens)
+
+
 def test_machine_without_gpu_and_interpreter_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 

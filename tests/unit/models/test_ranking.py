@@ -203,3 +203,27 @@ def test_labels_of_another_shape_say_so():
     prepared = model.prepare_batch(batch())
     with pytest.raises(ValueError, match=r"5 candidates and a column for each of the 1 tasks"):
         model.loss(model(prepared), prepared)
+
+
+@pytest.mark.parametrize(("model_class", "options"), FORMS[:3])
+def test_layer_backends_give_the_same_model(model_class, options):
+    """Weights of one load into the other; tokens, layers and gradients agree."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("this model is on the CPU, where only the interpreter runs the kernels")
+    results = []
+    for more in ({}, {"layer_backend": "triton", "layer_recompute": ["norm", "silu", "gate"]}):
+        torch.manual_seed(0)
+        model = model_class(10, TASKS, attention_backend="torch", **SMALL, **options, **more)
+        if results:
+            model.load_state_dict(results[0][0])
+        prepared = model.prepare_batch(batch())
+        total, _ = model.total_loss(model.loss(model(prepared), prepared))
+        total.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((model.state_dict(), total.detach(), gradients))
+    (_, loss, gradients), (_, fused_loss, fused_gradients) = results
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == fused_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-4, atol=2e-5)
