@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
@@ -156,6 +157,15 @@ class SequenceRecommender(L.LightningModule):
         extra = arguments.pop(spread, {}) if spread else {}
         model.__dict__["_arguments"] = {**arguments, **extra}
         return model
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Lightning's, for folders of sharded runs too: whole tensors, on this process."""
+        if isinstance(checkpoint_path, str | os.PathLike) and os.path.isdir(checkpoint_path):
+            from genrec.parallel.checkpoint import as_file
+
+            checkpoint_path = as_file(checkpoint_path, kwargs.get("weights_only"))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def build(self) -> None:
         """Make the tables and the body. A model's own constructor ends with this call, so that what it set before

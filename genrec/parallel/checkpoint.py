@@ -430,6 +430,14 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool | None = Tr
     return whole_checkpoint(chosen / manifest["data"], weights_only is not False)
 
 
+def as_file(path: str | os.PathLike[str], weights_only: bool | None = True) -> io.BytesIO:
+    """A folder's content as the file that `torch.save` would write of `read_checkpoint`."""
+    buffer = io.BytesIO()
+    torch.save(read_checkpoint(path, weights_only), buffer)
+    buffer.seek(0)
+    return buffer
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: see the module's docstring."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from genrec.models import HSTURetrieval
 from genrec.parallel import checkpoint
 from tests.distributed.ranks import run_ranks
 from tests.distributed.sharded_runs import Run, holdings, merged
@@ -122,7 +123,10 @@ def test_one_process_takes_a_sharded_run_on_and_gives_it_back(chain: tuple[Path,
         run.resume(torch.load(f"{folder}/whole-{optimizer}.ckpt", weights_only=True), tensors=True)
         assert_equal([without_steps(holdings(run))], [first["held"]])
         torch.save(run.file(), f"{folder}/auto-{optimizer}.ckpt")
+        before = {key: value.clone() for key, value in tensors(run.model.state_dict())}
         assert run.train(2) == pytest.approx(first["losses"], rel=1e-5)
+        model = HSTURetrieval.load_from_checkpoint(f"{folder}/4-2-{optimizer}.ckpt")
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
         # A folder also loads into the unsharded module without a file.
         direct = Run(None, optimizer, dynamic)
         direct.train(1)
@@ -133,6 +137,10 @@ def test_one_process_takes_a_sharded_run_on_and_gives_it_back(chain: tuple[Path,
         first = results[0][number][0]
         assert_equal([rank["held"] for rank in case], [first["held"]])
         assert case[0]["losses"] == pytest.approx(first["losses"], rel=1e-5)
+
+
+def tensors(state: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(key, value) for key, value in state.items() if isinstance(value, torch.Tensor)]
 
 
 def without_steps(held: dict[str, Any]) -> dict[str, Any]:
