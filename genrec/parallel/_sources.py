@@ -18,13 +18,17 @@ from genrec.parallel._pieces import Piece
 from genrec.parallel._state import BY_COLUMNS, Columns
 
 
-def _read_safely(path: Path, safe: bool) -> Any:
+def _read(path: Path, weights_only: bool | None) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=safe)
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
         hint = ""
-        if safe and "weights_only" in str(error):
-            hint = " It holds more than plain data: if you trust it, load with weights_only=False."
+        if "weights_only" in str(error):
+            # Lightning does not hand on what fit(weights_only=False) says to strategies that load after their setup.
+            hint = (
+                " It holds more than plain data: if you trust it, load with weights_only=False; under a sharded "
+                "Trainer with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment."
+            )
         raise ValueError(f"'{path}' can't be read: {str(error).splitlines()[0]}{hint}") from error
 
 
@@ -86,14 +90,14 @@ class FolderSource(_Source):
     Args:
         folder: The data folder.
         group: The ranks that read together.
-        safe: Read plain data alone.
+        weights_only: Read plain data alone (None: torch's default, which is that).
     """
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup | None, safe: bool) -> None:
+    def __init__(self, folder: Path, group: dist.ProcessGroup | None, weights_only: bool | None) -> None:
         self._folder, self._group = folder, group
         self._metadata = _pieces.read_metadata(folder)
         self.sizes, self.dtypes = _pieces.sizes(self._metadata), _pieces.dtypes(self._metadata)
-        meta = _read_safely(folder / META, safe)
+        meta = _read(folder / META, weights_only)
         self.checkpoint, self.extra = meta["checkpoint"], meta["extra_state"]
         self.layout = [
             groups[:count] for groups, count in zip(meta["groups"], meta["groups_of_first_rank"], strict=True)
@@ -119,14 +123,16 @@ class FileSource(_Source):
     Args:
         path: The file.
         module, optimizers: Those that are to be filled: they tell what an older file's parameters are called.
-        safe: Read plain data alone.
+        weights_only: Read plain data alone (None: torch's default, which is that).
 
     Raises:
         ValueError: The file can't be read, or its optimizer states can't be told apart.
     """
 
-    def __init__(self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], safe: bool) -> None:
-        self.checkpoint = _read_safely(path, safe)
+    def __init__(
+        self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], weights_only: bool | None
+    ) -> None:
+        self.checkpoint = _read(path, weights_only)
         state = self.checkpoint.pop("state_dict", {})
         self.tensors = {f"model.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
         self.extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
@@ -179,9 +185,9 @@ def _named_by_place(
     return {"state": state, "groups": groups}
 
 
-def whole_checkpoint(folder: Path, safe: bool) -> dict[str, Any]:
+def whole_checkpoint(folder: Path, weights_only: bool | None) -> dict[str, Any]:
     """A data folder's content as the checkpoint dict of one process; optimizer states with `param_names`."""
-    source = FolderSource(folder, None, safe)
+    source = FolderSource(folder, None, weights_only)
     tensors = {key: torch.zeros(size, dtype=source.dtypes[key]) for key, size in source.sizes.items()}
     source.read([Piece.whole(key, tensor) for key, tensor in tensors.items()])
     weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}

@@ -282,7 +282,7 @@ def load(
     optimizers: Sequence[Optimizer] = (),
     *,
     shard_dims: Mapping[str, int] | None = None,
-    weights_only: bool | None = True,
+    weights_only: bool | None = None,
     fallback: bool = True,
     strict: bool = True,
 ) -> dict[str, Any]:
@@ -293,7 +293,8 @@ def load(
         module: As for `save`.
         optimizers: Whose states are loaded. Empty: the weights alone.
         shard_dims: As for `save`.
-        weights_only: Refuse objects that are not plain data (None: yes). Tensors are always read safely.
+        weights_only: Refuse objects that are not plain data (None: torch's default, which is yes). Tensors are always
+            read safely.
         fallback: Where the folder is incomplete, take the newest complete one beside it, and warn of it.
         strict: The checkpoint and the module must have the same tensors.
 
@@ -306,7 +307,6 @@ def load(
     """
     wait()
     group = coordination_group()
-    safe = weights_only is not False
     chosen, manifest = on_first(lambda: _folders.find(Path(_local(path)), fallback), group)
     shards = _shards(shard_dims)
     from genrec.embedding.hkv.checkpoint import find_tables, load_tables
@@ -316,9 +316,9 @@ def load(
     def plan() -> None:
         nonlocal source
         if manifest is None:
-            source = FileSource(chosen, module, optimizers, safe)
+            source = FileSource(chosen, module, optimizers, weights_only)
         else:
-            source = FolderSource(chosen / manifest["data"], group, safe)
+            source = FolderSource(chosen / manifest["data"], group, weights_only)
         reads.append(Reads(source))
         plan_model(reads[0], module, shards, source.extra, strict)
         if optimizers and not source.groups:
@@ -414,7 +414,7 @@ def _own_rng(source: Any, shards: Shards) -> dict[str, Any] | None:
 # Conversion -----------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike[str], weights_only: bool | None = True) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
     """A folder's content as the checkpoint dict of one process, whole tensors in memory.
 
     Args:
@@ -427,10 +427,10 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool | None = Tr
     chosen, manifest = _folders.find(Path(_local(path)), fallback=False)
     if manifest is None:
         raise ValueError(f"'{chosen}' is a file, not a checkpoint folder: load it with torch.load.")
-    return whole_checkpoint(chosen / manifest["data"], weights_only is not False)
+    return whole_checkpoint(chosen / manifest["data"], weights_only)
 
 
-def as_file(path: str | os.PathLike[str], weights_only: bool | None = True) -> io.BytesIO:
+def as_file(path: str | os.PathLike[str], weights_only: bool | None = None) -> io.BytesIO:
     """A folder's content as the file that `torch.save` would write of `read_checkpoint`."""
     buffer = io.BytesIO()
     torch.save(read_checkpoint(path, weights_only), buffer)
