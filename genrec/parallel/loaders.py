@@ -34,7 +34,8 @@ class _Loader:
 class TrainingLoader(_Loader):
     """As many batches as the rank with the fewest has; what is left over on the others is dropped.
 
-    Ranks agree on the number once where loaders have a length, else before each batch.
+    Ranks agree on the number once where loaders have a length, else before each batch. With a pipeline batches are read
+    ahead; the position in a checkpoint is that of the batch last trained all the same.
     """
 
     def __init__(self, loader: Any, strategy: HybridParallelStrategy) -> None:
@@ -42,22 +43,65 @@ class TrainingLoader(_Loader):
         own = sized_len(loader)
         counts = strategy.data_parallel_counts(-1 if own is None else own)
         self.length = None if -1 in counts else min(counts)
+        self._position: Any = None
 
     def __len__(self) -> int:
         if self.length is None:
             raise TypeError("The loader of some rank has no length.")
         return self.length
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("state_dict", "load_state_dict"):
+            # These are here only where the loader has them: Lightning asks.
+            own = super().__getattr__(name)
+            return self._state if name == "state_dict" else self._with_fresh_position(own)
+        return super().__getattr__(name)
+
+    def source_position(self) -> Any:
+        """`state_dict` of the loader itself; None where it has none."""
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
+
+    def _state(self) -> Any:
+        return self.source_position() if self._position is None else self._position
+
+    def _with_fresh_position(self, load: Any) -> Any:
+        def load_state_dict(state: Any) -> None:
+            self._position = None
+            load(state)
+
+        return load_state_dict
+
     def __iter__(self) -> Iterator[Any]:
+        steps = self.strategy.step_pipeline
+        if steps is None:
+            yield from self._agreed()
+            return
+        for prepared in steps.read(self._agreed()):
+            self._position = prepared.position
+            yield prepared
+
+    def _agreed(self) -> Iterator[Any]:
         source = iter(self.loader)
-        while True:
+        left = self._left()
+        while left > 0:
+            left -= 1
             batch = next(source, None)
-            # Lightning stops at the agreed number where there is one.
             if self.length is None and 0 in self.strategy.data_parallel_counts(int(batch is not None)):
                 return
             if batch is None:
                 return
             yield batch
+
+    def _left(self) -> float:
+        """Batches until the epoch's end, beyond which nothing may be read: it would be lost to the next epoch."""
+        assert self.strategy.lightning_module is not None
+        trainer = self.strategy.lightning_module.trainer
+        if self.length is None:
+            limit = trainer.limit_train_batches
+            total = limit if isinstance(limit, int) else float("inf")
+        else:
+            total = trainer.num_training_batches
+        return total - trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class EvaluationLoader(_Loader):

@@ -31,6 +31,7 @@ from typing_extensions import override
 from genrec.parallel import checkpoint as checkpoints
 from genrec.parallel import megatron
 from genrec.parallel.loaders import EvaluationLoader, TrainingLoader
+from genrec.parallel.pipeline import PreparedBatch, StepPipeline
 from genrec.parallel.planner import TablesPlan, plan_tables, sharders
 
 Pipeline = Literal["none", "base", "sparse_dist"]
@@ -94,8 +95,10 @@ class HybridParallelStrategy(ParallelStrategy):
         self.async_save, self.find_unused_parameters = async_save, find_unused_parameters
         self.timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         self.plan: TablesPlan | None = None
+        self.step_pipeline: StepPipeline | None = None
         self._num_nodes, self._backend = 1, process_group_backend
         self._prepared: L.LightningModule | None = None
+        self._hook_owner: Any = None
         if tensor_parallel_size > 1 or dense == "megatron":
             megatron.require_megatron("dense='megatron'" if dense == "megatron" else "tensor_parallel_size > 1")
 
@@ -203,6 +206,7 @@ class HybridParallelStrategy(ParallelStrategy):
             options = {"find_unused_parameters": self.find_unused_parameters} if self._dense == "torch" else {}
             self.model = megatron.wrap_data_parallel(module, _sharded_names(module), self._dense, **options)
             self._seed()
+            self._setup_pipeline(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -247,6 +251,34 @@ class HybridParallelStrategy(ParallelStrategy):
             seed = torch.tensor([torch.initial_seed() % 2**62], device=self.root_device)
             dist.broadcast(seed, src=0)
             torch.manual_seed(int(seed) + self.data_parallel_rank)
+
+    def _setup_pipeline(self, trainer: Any) -> None:
+        if self.pipeline == "none":
+            return
+        module = self.lightning_module
+        assert module is not None
+        if not module.automatic_optimization:
+            raise ValueError(f"pipeline='{self.pipeline}' needs automatic optimization: set pipeline='none'.")
+        self.step_pipeline = StepPipeline(self, self.pipeline, super().training_step)
+        # The pipeline runs it, with the gradients zeroed before.
+        trainer.fit_loop._skip_backward = True
+        # Batches come to the loop with the hooks behind them: the one that it calls by itself must not run again.
+        owner = trainer._data_connector._datahook_selector.get_instance("on_before_batch_transfer")
+        hook = owner.on_before_batch_transfer
+
+        def unless_prepared(batch: Any, dataloader_idx: int) -> Any:
+            return batch if isinstance(batch, PreparedBatch) else hook(batch, dataloader_idx)
+
+        owner.on_before_batch_transfer = unless_prepared  # type: ignore[method-assign]
+        self._hook_owner = owner
+
+    def _end_pipeline(self) -> None:
+        if self.step_pipeline is not None:
+            self.step_pipeline.pause()
+            self.step_pipeline = None
+        if self._hook_owner is not None:
+            del self._hook_owner.on_before_batch_transfer
+            self._hook_owner = None
 
     @override
     def model_to_device(self) -> None:
@@ -293,7 +325,31 @@ class HybridParallelStrategy(ParallelStrategy):
         for optimizer in self.optimizers:
             # Tables take a schedule's rate when they are updated, in the backward pass.
             getattr(optimizer, "set_fused_rates", bool)()
-        return super().training_step(*args, **kwargs)
+        if self.step_pipeline is None:
+            return super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        batch_idx = self.lightning_module.trainer.fit_loop.batch_idx
+        return self.step_pipeline.step(batch_idx, args[1:])
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if isinstance(batch, PreparedBatch):
+            return batch.batch
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.step_pipeline is not None:
+            self.step_pipeline.pause()
+
+    @override
+    def on_validation_end(self) -> None:
+        if self.step_pipeline is not None:
+            self.step_pipeline.resume()
+
+    @override
+    def on_train_end(self) -> None:
+        self._end_pipeline()
 
     # Validation and so on run the module itself: its data-parallel wrapper is there for gradients.
 
@@ -429,6 +485,7 @@ class HybridParallelStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         # The module stays where it is: the tables of a sharded one have no other place.
+        self._end_pipeline()
         checkpoints.wait()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
