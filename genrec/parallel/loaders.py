@@ -183,6 +183,7 @@ class EvaluationLoader(_Loader):
             if name != "predict_step":
                 trainer._logger_connector.on_batch_start(batch, 0 if several else None)
             call._call_strategy_hook(trainer, name, batch, *(v for k, v in arguments.items() if k in parameters))
-        trainer._results.reset()
+        if name != "predict_step":
+            trainer._results.reset()
         for metric in metrics:
             metric.reset()

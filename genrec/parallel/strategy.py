@@ -16,7 +16,7 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -31,8 +31,11 @@ from typing_extensions import override
 from genrec.parallel import checkpoint as checkpoints
 from genrec.parallel import megatron
 from genrec.parallel.loaders import EvaluationLoader, TrainingLoader
+from genrec.parallel.parallelize import check_model, parallelize, shard_dims
 from genrec.parallel.pipeline import PreparedBatch, StepPipeline
 from genrec.parallel.planner import TablesPlan, plan_tables, sharders
+from genrec.parallel.precision import hybrid_precision
+from genrec.parallel.summary import whole_summaries
 
 Pipeline = Literal["none", "base", "sparse_dist"]
 
@@ -99,6 +102,7 @@ class HybridParallelStrategy(ParallelStrategy):
         self._num_nodes, self._backend = 1, process_group_backend
         self._prepared: L.LightningModule | None = None
         self._hook_owner: Any = None
+        self._loaded: dict[str, Any] | None = None
         if tensor_parallel_size > 1 or dense == "megatron":
             megatron.require_megatron("dense='megatron'" if dense == "megatron" else "tensor_parallel_size > 1")
 
@@ -212,6 +216,7 @@ class HybridParallelStrategy(ParallelStrategy):
 
     def _prepare(self, module: L.LightningModule) -> None:
         """Split the layers and shard the tables of a whole module, in place."""
+        check_model(module, self.world_size, self.tensor_parallel_size)
         if any(isinstance(child, ShardedModule) for child in module.modules()):
             raise ValueError(
                 "The module's tables are sharded already, by another strategy: make a new module and load a checkpoint."
@@ -223,10 +228,8 @@ class HybridParallelStrategy(ParallelStrategy):
                     on_device = tensor.detach().to(self.root_device)
                     dist.broadcast(on_device, src=0)
                     tensor.detach().copy_(on_device)
-        if self.tensor_parallel_size > 1:
-            from genrec.parallel.parallelize import parallelize
-
-            parallelize(module, sequence_parallel=self.sequence_parallel)
+        whole_summaries(module)
+        parallelize(module, sequence_parallel=self.sequence_parallel)
         self.plan = plan_tables(
             module, self.root_device, sharding=self.sharding, tables=self.tables, memory=self.memory
         )
@@ -302,14 +305,7 @@ class HybridParallelStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        if precision_plugin is not None:
-            kind, name = type(precision_plugin), getattr(precision_plugin, "precision", "")
-            if kind is not Precision and not (isinstance(precision_plugin, MixedPrecision) and name == "bf16-mixed"):
-                raise ValueError(
-                    f"precision '{name}' is not for HybridParallelStrategy, whose tables are updated in the backward "
-                    "pass: choose '32-true' or 'bf16-mixed'."
-                )
-        self._precision_plugin = precision_plugin
+        self._precision_plugin = hybrid_precision(precision_plugin)
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
@@ -336,6 +332,13 @@ class HybridParallelStrategy(ParallelStrategy):
         if isinstance(batch, PreparedBatch):
             return batch.batch
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def on_train_start(self) -> None:
+        if self._loaded is not None:
+            # What the run draws goes on where it was saved.
+            checkpoints.restore_rng(self._loaded)
+            self._loaded = None
 
     @override
     def on_validation_start(self) -> None:
@@ -465,20 +468,17 @@ class HybridParallelStrategy(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         fitting = module.trainer.state.fn == TrainerFn.FITTING
-        return checkpoints.load(
+        self._loaded = checkpoints.load(
             self.broadcast(str(checkpoint_path)), module, self.optimizers if fitting else [],
             shard_dims=self._shard_dims(), weights_only=weights_only, fallback=fitting, strict=module.strict_loading,
         )  # fmt: skip
+        return self._loaded
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         checkpoints.remove(filepath)
 
     def _shard_dims(self) -> dict[str, int]:
-        if self.tensor_parallel_size == 1:
-            return {}
-        from genrec.parallel.parallelize import shard_dims
-
         assert self.lightning_module is not None
         return shard_dims(self.lightning_module)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -181,7 +180,7 @@ def loggers_and_rates(pipeline: str) -> dict[str, Any]:
 
 @feature
 def validate_test_predict(pipeline: str) -> dict[str, Any]:
-    run, facts = fit(pipeline)
+    run, facts = fit(pipeline, limit_val_batches=1.0)
     module, data = run.lightning_module, training.Batches(training.ranking_rows, STEPS, cases=5)
     facts["val"] = run.validate(module, datamodule=data, verbose=False)[0]
     facts["test"] = run.test(module, datamodule=data, verbose=False)[0]
@@ -226,18 +225,22 @@ def _run_all(rank: int, world_size: int, pipelines: list[str]) -> dict[str, Any]
     return {f"{name}/{pipeline}": run(pipeline) for name, run in FEATURES.items() for pipeline in pipelines}
 
 
-@functools.cache
-def results(world_size: int) -> list[dict[str, Any]]:
-    return run_ranks(_run_all, world_size, ["none", "base", "sparse_dist"] if world_size == 2 else ["none"])
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return run_ranks(_run_all, 1, ["none"])[0]
+
+
+@pytest.fixture(scope="module")
+def together() -> list[dict[str, Any]]:
+    return run_ranks(_run_all, 2, ["none", "base", "sparse_dist"])
 
 
 @pytest.mark.parametrize("pipeline", ["none", "base", "sparse_dist"])
 @pytest.mark.parametrize("name", list(FEATURES))
-def test_feature(name, pipeline):
-    (alone,) = results(1)
+def test_feature(name, pipeline, alone, together):
     reference = alone[f"{name}/none"]
-    plain = results(2)[0][f"{name}/none"]
-    for rank in results(2):
+    plain = together[0][f"{name}/none"]
+    for rank in together:
         facts = rank[f"{name}/{pipeline}"]
         for key, value in reference["expected"].items():
             assert reference[key] == value, f"{key} of one process"
