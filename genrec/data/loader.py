@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
@@ -150,6 +151,8 @@ class SequenceLoader:
                 num_workers=self.num_workers,
                 collate_fn=make,  # type: ignore[arg-type]
                 pin_memory=self.pin_memory,
+                # Its own, of which nothing is drawn that matters: torch's would move on with each new iterator.
+                generator=torch.Generator(),
             )
 
     def state_dict(self) -> dict[str, Any]:

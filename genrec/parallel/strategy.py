@@ -301,11 +301,14 @@ class HybridParallelStrategy(ParallelStrategy):
     @property
     @override
     def precision_plugin(self) -> Precision:
-        return super().precision_plugin
+        if self._precision_plugin is None:
+            return hybrid_precision(None)
+        return self._precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = hybrid_precision(precision_plugin)
+        # None stays None: what a strategy brings along, Lightning takes for the user's choice.
+        self._precision_plugin = None if precision_plugin is None else hybrid_precision(precision_plugin)
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
@@ -388,6 +391,9 @@ class HybridParallelStrategy(ParallelStrategy):
         """Over the data-parallel group: the ranks of a tensor-parallel group hold the same values."""
         if not isinstance(tensor, Tensor):
             return tensor
+        if reduce_op in ("mean", "avg") and not tensor.is_floating_point():
+            # Lightning averages its counts of cases too, and would cut halves off.
+            tensor = tensor.to(torch.float64)
         return _sync_ddp_if_available(tensor, group or megatron.data_parallel_group(), reduce_op=reduce_op)
 
     @override

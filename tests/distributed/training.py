@@ -88,7 +88,8 @@ class Batches(L.LightningDataModule):
 
 
 def loader(batches: list[Any]) -> DataLoader:
-    return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+    # A generator of its own: a new iterator would draw from torch's.
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
 
 class Losses(L.Callback):
