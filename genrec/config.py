@@ -32,6 +32,7 @@ __all__ = [
     "RetrievalModelConfig",
     "RunConfig",
     "ScheduleSection",
+    "StrategySection",
     "TableOptimizerSection",
     "TrainerConfig",
     "find_config",
@@ -314,7 +315,6 @@ class TrainerConfig:
         accelerator: "auto", "cpu", "cuda" and so on.
         devices: Number of devices, or "auto".
         num_nodes: Machines.
-        strategy: Name of a Lightning strategy.
         precision: "32-true", "bf16-mixed" and so on.
         gradient_clip_val: Largest norm of the gradient; null for no clipping.
         accumulate_grad_batches: Batches of an optimizer step.
@@ -334,7 +334,6 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1
-    strategy: str = "auto"
     precision: str = "32-true"
     gradient_clip_val: float | None = None
     accumulate_grad_batches: int = 1
@@ -347,6 +346,40 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     deterministic: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StrategySection:
+    """How a run is spread over processes. All but the name are settings of "hybrid_parallel" (docs/parallelism.md).
+
+    Args:
+        name: "auto": "hybrid_parallel" with several processes or where a setting below is given, else Lightning's own
+            choice for one process. Or the name of a strategy of Lightning's.
+        tensor_parallel_size: Processes that share one copy of the HSTU layers.
+        sequence_parallel: Split the tokens between the layers over them too.
+        dense: What averages the gradients of dense parameters: "torch", "megatron" (CUDA only) or "auto".
+        pipeline: TorchRec's train pipeline: "none", "base" (copies a batch ahead) or "sparse_dist" (exchanges the
+            next batch's ids meanwhile, too).
+        sharding: Of the tables: "row_wise", "table_wise", "column_wise", "data_parallel" (a copy on each rank) or
+            "auto" (TorchRec's planner chooses; a copy where a table's optimizer can't be fused on the device).
+        tables: What differs in single tables, for example `{item: row_wise, user: table_wise}`.
+        memory: GiB that each rank may use for tables; null for what its device has.
+        async_save: Write checkpoints in the background.
+        find_unused_parameters: Some dense parameters have no gradient in some steps.
+        timeout: Seconds after which a rank gives up waiting for the others.
+    """
+
+    name: str = "auto"
+    tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+    dense: Literal["auto", "torch", "megatron"] = "auto"
+    pipeline: Literal["none", "base", "sparse_dist"] = "none"
+    sharding: Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"] = "auto"
+    tables: dict[str, str] = field(default_factory=dict)
+    memory: float | None = None
+    async_save: bool = False
+    find_unused_parameters: bool = False
+    timeout: float = 1800.0
 
 
 @dataclass
@@ -366,6 +399,7 @@ class RecipeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    strategy: StrategySection = field(default_factory=StrategySection)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from genrec.config import ConfigError, RecipeConfig, help_text, load_config, to_yaml
 from genrec.environment import check_environment, describe
+from genrec.recipes._strategy import build_strategy, launched
 
 Config = TypeVar("Config", bound=RecipeConfig)
 BuildData = Callable[[Any], Any]
@@ -133,6 +134,8 @@ def run(config: RecipeConfig, build_data: BuildData, build_model: BuildModel) ->
 
     from genrec.callbacks import RunFolder
 
+    # First, so that what is wrong with it is said before anything takes its time.
+    strategy = build_strategy(config)
     directory = Path(config.run.dir)
     resume_from = checkpoint_to_resume(config)
     if resume_from is None:
@@ -144,7 +147,7 @@ def run(config: RecipeConfig, build_data: BuildData, build_model: BuildModel) ->
     model = build_model(config, data)
     folder = RunFolder(directory, to_yaml(config))
     folder.start(environment(config, data))
-    trainer = build_trainer(config, data, folder)
+    trainer = build_trainer(config, data, folder, strategy)
     trainer.fit(model, datamodule=data, ckpt_path=resume_from)
     metrics = test(config, trainer, model, data) if config.run.test else {}
     best = trainer.checkpoint_callback
@@ -172,8 +175,15 @@ def test(config: RecipeConfig, trainer: Any, model: Any, data: Any) -> dict[str,
     return {name: float(value) for name, value in results.items()}
 
 
-def build_trainer(config: RecipeConfig, data: Any, folder: Any) -> Any:
-    """The lightning.Trainer of a config, with its loggers and callbacks."""
+def build_trainer(config: RecipeConfig, data: Any, folder: Any, strategy: Any = "auto") -> Any:
+    """The lightning.Trainer of a config, with its loggers and callbacks.
+
+    Args:
+        config: The config.
+        data: The datamodule.
+        folder: The `RunFolder`.
+        strategy: As `build_strategy` makes it.
+    """
     import lightning as L
     from lightning.pytorch.callbacks import EarlyStopping
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -206,7 +216,10 @@ def build_trainer(config: RecipeConfig, data: Any, folder: Any) -> Any:
         "inference_mode": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
+        "strategy": strategy,
     }
+    if config.trainer.devices == "auto":
+        options |= launched()
     return L.Trainer(**{**settings, **options, **config.trainer.options})
 
 
