@@ -24,7 +24,10 @@ def build_strategy(config: RecipeConfig) -> Any:
         name = "hybrid_parallel" if given or processes(config.trainer) > 1 else "auto"
     if name == "hybrid_parallel":
         from genrec.parallel import HybridParallelStrategy
+        from genrec.parallel.megatron import check_sizes
 
+        # The Trainer's constructor checks it too, but then an earlier run has already made room.
+        check_sizes(processes(config.trainer), config.strategy.tensor_parallel_size)
         try:
             return HybridParallelStrategy(**settings)
         except ImportError as error:

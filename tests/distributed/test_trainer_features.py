@@ -146,7 +146,7 @@ def overfit_batches(pipeline: str) -> dict[str, Any]:
 def bf16_mixed(pipeline: str) -> dict[str, Any]:
     _, facts = fit(pipeline, precision="bf16-mixed")
     full = fit(pipeline)[1]["losses"]
-    facts["near"] = facts["losses"] == pytest.approx(full, rel=0.05)
+    facts["near"] = facts["losses"] == pytest.approx(full, rel=0.05, abs=0.05)
     facts["differs"] = facts["losses"] != pytest.approx(full, rel=1e-5)
     return facts | {"expected": {"near": True, "differs": True, "step": 14}, "tolerance": 0.05}
 
@@ -249,7 +249,8 @@ def test_feature(name, pipeline, alone, together):
         assert facts["losses"] == pytest.approx(plain["losses"], rel=1e-6), "a pipeline changes nothing"
         tolerance = facts.get("tolerance", 1e-4)
         if tolerance:
-            assert facts["losses"] == pytest.approx(reference["losses"], rel=tolerance)
+            apart = 0.05 if tolerance > 1e-3 else 0.0
+            assert facts["losses"] == pytest.approx(reference["losses"], rel=tolerance, abs=apart)
         for key in ("val", "test", "untrained", "val_loss", "factors"):
             if key in facts and tolerance:
                 assert facts[key] == pytest.approx(reference[key], rel=1e-3, nan_ok=True), key
