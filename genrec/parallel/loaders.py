@@ -185,5 +185,8 @@ class EvaluationLoader(_Loader):
             call._call_strategy_hook(trainer, name, batch, *(v for k, v in arguments.items() if k in parameters))
         if name != "predict_step":
             trainer._results.reset()
+            for logged in trainer._results.values():
+                # Lightning leaves out of the reduction what was reset and not logged again.
+                logged.has_reset = False
         for metric in metrics:
             metric.reset()
