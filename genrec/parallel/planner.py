@@ -244,7 +244,7 @@ def _torchrec_plan(
         planner = EmbeddingShardingPlanner(
             topology=_topology(world_size, device, memory),
             constraints=_constraints(module, to_shard, kinds, world_size),
-            storage_reservation=planner_storage(dynamic, world_size),
+            storage_reservation=planner_storage(dynamic, world_size) if dynamic else None,
             stats=NoopEmbeddingStats(),
         )
         chosen = [EmbeddingCollectionSharder(), EmbeddingBagCollectionSharder()]

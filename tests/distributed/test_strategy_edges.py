@@ -127,7 +127,7 @@ def _errors() -> dict[str, str]:
         "dynamic": fit({"embedding_backend": "hkv"}, {"tables": {"item": "table_wise"}}),
         "heads": fit({"num_heads": 3, "hidden_dim": 12}, {"tensor_parallel_size": 2}),
         "pipeline": _message(lambda: HybridParallelStrategy(pipeline="fast")),  # type: ignore[arg-type]
-        "precision": _message(lambda: training.trainer(HybridParallelStrategy(), precision="16-mixed")),
+        "precision": _message(lambda: training.trainer(HybridParallelStrategy(), precision="64-true")),
         "world": _message(lambda: training.trainer(HybridParallelStrategy(tensor_parallel_size=3))),
     }
 
@@ -268,7 +268,7 @@ CRASH = """
 
     run = training.trainer(HybridParallelStrategy(pipeline=sys.argv[3]), devices=2, callbacks=[Crash()],
                            limit_val_batches=0)
-    run.fit(training.ranking_model(), datamodule=training.Batches(training.ranking_rows, 10_000))
+    run.fit(training.ranking_model(), datamodule=training.Batches(training.ranking_rows, 100))
 """
 
 
