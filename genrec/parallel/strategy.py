@@ -13,7 +13,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import Precision
@@ -22,6 +21,7 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -391,10 +391,14 @@ class HybridParallelStrategy(ParallelStrategy):
         """Over the data-parallel group: the ranks of a tensor-parallel group hold the same values."""
         if not isinstance(tensor, Tensor):
             return tensor
-        if reduce_op in ("mean", "avg") and not tensor.is_floating_point():
-            # Lightning averages its counts of cases too, and would cut halves off.
+        group = group or megatron.data_parallel_group()
+        mean = reduce_op in ("mean", "avg", ReduceOp.AVG)
+        if mean and not tensor.is_floating_point():
+            # Lightning averages its counts of cases too: they keep their halves.
             tensor = tensor.to(torch.float64)
-        return _sync_ddp_if_available(tensor, group or megatron.data_parallel_group(), reduce_op=reduce_op)
+        operation = getattr(ReduceOp, reduce_op.upper()) if isinstance(reduce_op, str) and not mean else reduce_op
+        dist.all_reduce(tensor, ReduceOp.SUM if mean else operation, group)
+        return tensor.div_(dist.get_world_size(group)) if mean else tensor
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
