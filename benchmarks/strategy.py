@@ -252,8 +252,8 @@ def main() -> None:
     print(headline())
     print(
         f"HSTURanking: {sizes.layers} layers, d={sizes.hidden}, {sizes.events // 2}-{sizes.events} events, "
-        f"{sizes.batch} sequences a rank, {sizes.items:,} items; {sizes.rounds} rounds of {sizes.steps} steps; 1 thread "
-        "a rank, gloo"
+        f"{sizes.batch} sequences a rank, {sizes.items:,} items; {sizes.rounds} rounds of {sizes.steps} steps; "
+        "1 thread a rank, gloo"
     )
     print(f"\n{'ranks':>5}  {'variant':<32}{'samples/s':>10}  {'range':>13}  {'overhead':>9}")
     for world_size in sizes.worlds:
