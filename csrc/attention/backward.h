@@ -9,8 +9,6 @@
 // Hidden pairs get P = dS = 0, rows and columns beyond the sequence among them.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include "attention/barriers.h"
 #include "attention/mma.h"
 
@@ -81,7 +79,7 @@ __device__ inline void backward_produce(const BackwardParams& p, typename Shape:
   Place<Shape::kQueryStages> q(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
   // Every unit comes off the counter: with ordered sums a block may wait for units taken before its own, never after.
-  for (int w = atomicAdd(p.common.counter, 1);; work.next(), keys.next()) {
+  for (int w = add_atomically(p.common.counter, 1);; work.next(), keys.next()) {
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -90,7 +88,7 @@ __device__ inline void backward_produce(const BackwardParams& p, typename Shape:
     }
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
-    w = atomicAdd(p.common.counter, 1);
+    w = add_atomically(p.common.counter, 1);
     shared.work[work.stage] = {tile, unit.head};
     shared.work_ring.full[work.stage].arrive();
 
@@ -177,12 +175,7 @@ template <class Dq>
 __device__ inline void add_dq(const Dq& dq, float* sum, int* turn, int rank, int warpgroup) {
   const int thread = threadIdx.x % 128;
   if (turn != nullptr) {
-    if (thread == 0) {
-      int taken;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(taken) : "l"(turn) : "memory");
-      } while (taken != rank);
-    }
+    if (thread == 0) await_turn(turn, rank);
     sync_threads(kTurnTaken + warpgroup, 128);
   }
   CUTE_UNROLL
@@ -190,11 +183,9 @@ __device__ inline void add_dq(const Dq& dq, float* sum, int* turn, int rank, int
     add_to_global(sum + e * 128 + thread * 4, dq(e), dq(e + 1), dq(e + 2), dq(e + 3));
   }
   if (turn != nullptr) {
-    __threadfence();
+    fence_global();
     sync_threads(kTurnTaken + warpgroup, 128);
-    if (thread == 0) {
-      asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
-    }
+    if (thread == 0) pass_turn(turn);
   }
 }
 
@@ -272,9 +263,9 @@ struct BackwardConsumer {
     typename Shape::OutMma out_mma;
     const auto score_slice = slice(score_mma);
     const auto out_slice = slice(out_mma);
-    const auto k_tile = score_slice.partition_fragment_A(key_rows(shared.k));
-    const auto q_tile = score_slice.partition_fragment_B(staged_queries(shared.q[0]));
-    const auto d_out_tile = out_slice.partition_fragment_B(staged_queries_transposed(shared.d_out[0]));
+    const auto k_tile = operand_a(score_slice, key_rows(shared.k));
+    const auto q_tile = operand_b(score_slice, staged_queries(shared.q[0]));
+    const auto d_out_tile = operand_b(out_slice, staged_queries_transposed(shared.d_out[0]));
     Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
     clear(dv);
     auto weights = make_operand<Element, kQueries>();
@@ -325,13 +316,13 @@ struct BackwardConsumer {
     const auto score_slice = slice(score_mma);
     const auto out_slice = slice(out_mma);
     const auto dq_slice = slice(dq_mma);
-    const auto k_tile = score_slice.partition_fragment_A(key_rows(shared.k));
-    const auto v_tile = score_slice.partition_fragment_A(key_rows(shared.v));
-    const auto q_tile = score_slice.partition_fragment_B(staged_queries(shared.q[0]));
-    const auto d_out_tile = score_slice.partition_fragment_B(staged_queries(shared.d_out[0]));
-    const auto q_columns = out_slice.partition_fragment_B(staged_queries_transposed(shared.q[0]));
-    const auto d_out_columns = out_slice.partition_fragment_B(staged_queries_transposed(shared.d_out[0]));
-    const auto k_columns = dq_slice.partition_fragment_B(
+    const auto k_tile = operand_a(score_slice, key_rows(shared.k));
+    const auto v_tile = operand_a(score_slice, key_rows(shared.v));
+    const auto q_tile = operand_b(score_slice, staged_queries(shared.q[0]));
+    const auto d_out_tile = operand_b(score_slice, staged_queries(shared.d_out[0]));
+    const auto q_columns = operand_b(out_slice, staged_queries_transposed(shared.q[0]));
+    const auto d_out_columns = operand_b(out_slice, staged_queries_transposed(shared.d_out[0]));
+    const auto k_columns = operand_b(dq_slice, 
         make_tensor(make_smem_ptr(shared.k), TransposedLayout<Element, kKeys, D, 1>{}));
     using Ds = ScoreLayout<Element, kQueries, kKeys>;
 
@@ -384,7 +375,7 @@ struct BackwardConsumer {
       write_scores(ds, shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1]);
       sync_threads(kDsWritten, 256);
 
-      const auto ds_tile = dq_slice.partition_fragment_A(
+      const auto ds_tile = operand_a(dq_slice, 
           make_tensor(make_smem_ptr(shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1]), Ds{}));
       buffer = Shape::kScoreBuffers == 1 ? 1 : buffer + 1;
       Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
@@ -409,7 +400,7 @@ struct BackwardConsumer {
   // dS^T from registers to a (queries, keys) matrix, queries contiguous, for the tensor cores to read.
   template <class Operand>
   __device__ void write_scores(const Operand& ds, Element* to) const {
-    const uint32_t base = cute::cast_smem_ptr_to_uint(to);
+    char* base = reinterpret_cast<char*>(to);
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&ds(0));
     const int key = 64 * warpgroup + 16 * lane.warp + lane.lane % 16;
     CUTE_UNROLL
@@ -418,7 +409,7 @@ struct BackwardConsumer {
       store_matrices(base + score_offset<kKeys>(query, key), words[4 * g], words[4 * g + 1], words[4 * g + 2],
                      words[4 * g + 3]);
     }
-    cutlass::arch::fence_view_async_shared();
+    fence_shared_writes();
   }
 
   template <class Dq>
@@ -439,7 +430,7 @@ struct BackwardConsumer {
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
-  extern __shared__ __align__(1024) char memory[];
+  GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
     constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;
@@ -448,16 +439,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
     shared.q_ring.init(kArrivals);
     shared.d_out_ring.init(kArrivals);
     shared.work_ring.init(kArrivals);
-    cutlass::arch::fence_barrier_init();
-    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) cute::prefetch_tma_descriptor(map);
+    fence_new_barriers();
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
   }
-  __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  sync_block(Shape::kThreads);
+  const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
+    give_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) backward_produce<Shape>(p, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
+    take_registers<Shape::kConsumerRegisters>();
     BackwardConsumer<Shape>(p, shared, warpgroup - 1).run();
   }
 }

@@ -6,14 +6,14 @@
 // and both flip theirs when they wrap around.
 #pragma once
 
-#include <cutlass/arch/barrier.h>
+#include "attention/device.h"
 
 namespace genrec::attention {
 
 template <int kStages>
 struct Ring {
-  cutlass::arch::ClusterTransactionBarrier full[kStages];
-  cutlass::arch::ClusterBarrier empty[kStages];
+  FullBarrier full[kStages];
+  EmptyBarrier empty[kStages];
 
   __device__ void init(int consumers) {
     for (int s = 0; s < kStages; ++s) {
@@ -43,8 +43,8 @@ struct Place {
 // warp before the buffer is given back, so each of the four warps arrives.
 constexpr int kArrivalsPerWarpgroup = 4;
 
-__device__ inline void release(const cutlass::arch::ClusterBarrier& empty) {
-  __syncwarp();
+__device__ inline void release(const EmptyBarrier& empty) {
+  sync_warp();
   if (threadIdx.x % 32 == 0) empty.arrive();
 }
 
@@ -60,19 +60,15 @@ struct Turns {
     if (kWarpgroups > 1 && own == kWarpgroups - 1) pass();
   }
   __device__ void wait() const {
-    if (kWarpgroups > 1) asm volatile("bar.sync %0, 256;" ::"r"(kFirstTurn + own) : "memory");
+    if (kWarpgroups > 1) sync_threads(kFirstTurn + own, 256);
   }
   __device__ void pass() const {
-    if (kWarpgroups > 1) asm volatile("bar.arrive %0, 256;" ::"r"(kFirstTurn + (own + 1) % kWarpgroups) : "memory");
+    if (kWarpgroups > 1) arrive_threads(kFirstTurn + (own + 1) % kWarpgroups, 256);
   }
   // The first warpgroup takes the last turn that was passed, so that no arrival is left over.
   __device__ void finish() const {
     if (own == 0) wait();
   }
 };
-
-__device__ inline void sync_threads(uint32_t barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 }  // namespace genrec::attention

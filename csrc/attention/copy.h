@@ -6,8 +6,9 @@
 // memory. Rows beyond a sequence hold its neighbour's: they are masked or not stored.
 #pragma once
 
-#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
+
+#include "attention/device.h"
 
 namespace genrec::attention {
 
@@ -35,14 +36,10 @@ constexpr uint32_t kTileBytes = kRows * D * sizeof(Element);
 
 // Rows [row, row + kRows) of one head into `tile`. One thread calls it, having told `full` of kTileBytes bytes.
 template <class Element, int kRows, int D>
-__device__ inline void load_tile(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full, Element* tile,
-                                 int row, int head) {
-  // Evict-normal: keys and values are read by many blocks at the same time, all from the L2 cache.
-  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+__device__ inline void load_tile(const CUtensorMap& map, FullBarrier& full, Element* tile, int row, int head) {
   CUTE_UNROLL
   for (int c = 0; c < D / kChunk<D>; ++c) {
-    cute::SM90_TMA_LOAD_3D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, tile + c * kRows * kChunk<D>,
-                                 c * kChunk<D>, head, row);
+    load_box<kRows, kChunk<D>>(map, full, tile + c * kRows * kChunk<D>, c * kChunk<D>, head, row);
   }
 }
 
@@ -56,17 +53,6 @@ using ScoreLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Ato
 template <int kKeys>
 CUTE_HOST_DEVICE constexpr int score_offset(int query, int key) {
   return (query / 64 * kKeys + key) * 128 + ((query % 64 * 2) ^ (key % 8 * 16));
-}
-
-__device__ inline void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
-}
-
-__device__ inline void add_to_global(float* where, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(where), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
 }
 
 }  // namespace genrec::attention

@@ -6,8 +6,6 @@
 // P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside another's products.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include "attention/barriers.h"
 #include "attention/mma.h"
 
@@ -81,7 +79,7 @@ __device__ inline void forward_produce(const ForwardParams& p, typename Shape::S
     }
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
-    const int following = atomicAdd(p.common.counter, 1) + gridDim.x;  // used only after the loads below
+    const int following = add_atomically(p.common.counter, 1) + static_cast<int>(gridDim.x);  // used only after the loads below
     shared.work[work.stage] = {tile, unit.head};
     shared.work_ring.full[work.stage].arrive();
 
@@ -145,11 +143,11 @@ __device__ inline void forward_consume(const ForwardParams& p, typename Shape::S
   const auto threads = make_layout(Int<Shape::kConsumers>{}, Int<128>{});
   const auto score_slice = score_mma.get_slice(threads(warpgroup));
   const auto out_slice = out_mma.get_slice(threads(warpgroup));
-  const auto q_tile = score_slice.partition_fragment_A(make_tensor(
+  const auto q_tile = operand_a(score_slice, make_tensor(
       make_smem_ptr(shared.q[0]), TileLayout<Element, Shape::kQueries, D, Shape::kQueryStages>{}));
-  const auto k_tile = score_slice.partition_fragment_B(make_tensor(
+  const auto k_tile = operand_b(score_slice, make_tensor(
       make_smem_ptr(shared.k[0]), TileLayout<Element, Shape::kKeys, D, Shape::kKeyStages>{}));
-  const auto v_tile = out_slice.partition_fragment_B(make_tensor(
+  const auto v_tile = operand_b(out_slice, make_tensor(
       make_smem_ptr(shared.v[0]), TransposedLayout<Element, Shape::kKeys, D, Shape::kKeyStages>{}));
 
   const Lane lane;
@@ -227,23 +225,23 @@ __device__ inline void forward_consume(const ForwardParams& p, typename Shape::S
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
-  extern __shared__ __align__(1024) char memory[];
+  GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
     shared.q_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
     shared.k_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
     shared.v_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
     shared.work_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
-    cutlass::arch::fence_barrier_init();
-    for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) cute::prefetch_tma_descriptor(map);
+    fence_new_barriers();
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) prefetch_map(*map);
   }
-  __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  sync_block(Shape::kThreads);
+  const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
+    give_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) forward_produce<Shape>(p, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
+    take_registers<Shape::kConsumerRegisters>();
     forward_consume<Shape>(p, shared, warpgroup - 1);
   }
 }

@@ -1,4 +1,4 @@
-// Matrix products by warpgroups, and what is done with their accumulators.
+// Accumulators and register operands of matrix products by warpgroups, SiLU, and rows written to global memory.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -25,30 +25,6 @@ CUTE_HOST_DEVICE constexpr int element_column(int e) { return e / 4 * 8 + e % 2;
 template <int M, int N>
 using Extent = cute::Shape<cute::Int<M>, cute::Int<N>>;
 
-// Issues c (+)= a b and returns at once; the product is done when warpgroup_wait says so.
-template <bool kZero, class Mma, class A, class B, class C>
-__device__ inline void issue_product(Mma& mma, A const& a, B const& b, C& c) {
-  cute::warpgroup_fence_operand(c);
-  if constexpr (!cute::is_base_of<cute::GMMA::DescriptorIterator, typename A::iterator>::value) {
-    cute::warpgroup_fence_operand(const_cast<A&>(a));
-  }
-  cute::warpgroup_arrive();
-  if constexpr (kZero) mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-  CUTE_UNROLL
-  for (int k = 0; k < cute::size<2>(a); ++k) {
-    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
-    mma.accumulate_ = cute::GMMA::ScaleOut::One;
-  }
-  cute::warpgroup_commit_batch();
-  cute::warpgroup_fence_operand(c);
-}
-
-template <int kPending, class C>
-__device__ inline void wait_for(C& c) {
-  cute::warpgroup_wait<kPending>();
-  cute::warpgroup_fence_operand(c);
-}
-
 // Registers that hold accumulators of N columns as the A operand of a product over those columns. Both fragments list
 // a thread's elements in the same order.
 template <class Element, int N>
@@ -63,12 +39,6 @@ __device__ inline void convert(From const& from, To& to) {
   cutlass::NumericArrayConverter<Element, float, kSize> converter;
   const auto& source = *reinterpret_cast<const cutlass::Array<float, kSize>*>(from.data());
   *reinterpret_cast<cutlass::Array<Element, kSize>*>(&to(0)) = converter(source);
-}
-
-__device__ inline float fast_tanh(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // SiLU(x) = x sigmoid(x) = h + h tanh(h), h = x / 2; half_alpha brings the 1/2 along. One special-function operation.
@@ -94,13 +64,13 @@ __device__ inline void transpose_quad(uint32_t (&w)[4]) {
   // Off-diagonal words of each 2 x 2 block change places, first of single words, then of pairs.
   CUTE_UNROLL
   for (int j = 0; j < 4; j += 2) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? w[j] : w[j + 1], 1);
+    const uint32_t got = exchange(odd ? w[j] : w[j + 1], 1);
     w[j] = odd ? got : w[j];
     w[j + 1] = odd ? w[j + 1] : got;
   }
   CUTE_UNROLL
   for (int j = 0; j < 2; ++j) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? w[j] : w[j + 2], 2);
+    const uint32_t got = exchange(high ? w[j] : w[j + 2], 2);
     w[j] = high ? got : w[j];
     w[j + 2] = high ? w[j + 2] : got;
   }

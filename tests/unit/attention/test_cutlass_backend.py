@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genrec._native import NativeLibraryError
-from genrec.attention import AttentionSpec, _cutlass_binding, cutlass_backend, hstu_attention
+from genrec.attention import AttentionMask, AttentionSpec, _cutlass_binding, cutlass_backend, hstu_attention
 from genrec.attention.cutlass_backend import CutlassBackend
 from genrec.attention.registry import UnsupportedAttentionError
 
@@ -103,3 +103,25 @@ def test_a_view_that_the_copy_engine_cannot_read_is_copied() -> None:
         y = cutlass_backend._aligned(x)
         assert y.is_contiguous()
         assert y.data_ptr() != x.data_ptr()
+
+
+def test_layers_share_the_plan_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(cutlass_backend, "cutlass_plan", lambda *args: made.append(args) or torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
+    backend, offsets, counts = CutlassBackend(), torch.tensor([0, 3]), torch.tensor([1])
+    x = torch.zeros(3, 1, 64, dtype=torch.bfloat16)
+
+    def plan(*, offsets: torch.Tensor = offsets, window: int | None = None, rows: int = 3) -> torch.Tensor:
+        mask = AttentionMask(num_targets=counts, window=window)
+        return backend._batch(x[:rows], x[:rows], x[:rows], offsets, offsets, mask).plan
+
+    first = plan()
+    assert plan() is first
+    assert made[0][3].dtype == torch.int32
+    assert plan(window=2) is not first
+    assert plan(offsets=offsets.clone()) is not first
+    last = plan()
+    counts += 1  # the same tensor with other values
+    assert plan() is not last
+    assert len(made) == 5

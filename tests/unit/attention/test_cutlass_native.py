@@ -55,6 +55,38 @@ def test_layouts_are_cutes(tmp_path: Path) -> None:
     assert run.stdout.startswith("ok ")
 
 
+def _cuda_includes() -> list[Path] | None:
+    """The CUDA toolkit's headers, found beside nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    # nvcc may be a script that calls the real one: it knows its own folders.
+    said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = [Path(word.strip('"')[2:]) for word in said.split() if word.strip('"').startswith("-I")]
+    return [path for folder in found for path in (folder, folder / "cccl") if path.is_dir()] or None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(_cutlass_include() is None, reason="needs CUTLASS's headers: pip install nvidia-cutlass")
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+def test_kernels_run_on_the_host(tmp_path: Path, dim: int) -> None:
+    """Thread for thread, with the GPU's own instructions emulated: barriers, tiles, masks, sums, layouts."""
+    includes = _cuda_includes()
+    if includes is None:
+        pytest.skip("needs the CUDA toolkit's headers (nvcc in PATH)")
+    program = tmp_path / "emulated_test"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-w", "-fpermissive", "-DGENREC_EMULATED", f"-DGENREC_DIM={dim}",
+         *[f"-I{path}" for path in (SOURCES, _cutlass_include(), *includes)],
+         str(SOURCES / "attention/tests/emulated_test.cpp"), "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("ok\n")
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_build_without_nvcc_says_what_is_missing(tmp_path: Path) -> None:
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))

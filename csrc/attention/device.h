@@ -1,0 +1,137 @@
+// What only the GPU can do: barriers, the copy engine, matrix products by warpgroups, a few single instructions.
+//
+// Everything else in the kernels is plain C++ over CuTe's layouts, so that with GENREC_EMULATED these primitives are
+// replaced by those of tests/emulator.h and the kernels run on the host, thread for thread.
+#pragma once
+
+#if defined(GENREC_EMULATED)
+#include "attention/tests/emulator.h"
+#else
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/tensor.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#define GENREC_SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
+
+namespace genrec::attention {
+
+using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+// New barriers become visible to the copy engine.
+__device__ inline void fence_new_barriers() { cutlass::arch::fence_barrier_init(); }
+
+// What this thread wrote to shared memory becomes visible to the tensor cores and the copy engine.
+__device__ inline void fence_shared_writes() { cutlass::arch::fence_view_async_shared(); }
+
+__device__ inline void sync_block(int) { __syncthreads(); }
+__device__ inline void sync_warp() { __syncwarp(); }
+
+// Named barrier: `threads` threads take part, those that sync wait for all, those that arrive go on.
+__device__ inline void sync_threads(uint32_t barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void arrive_threads(uint32_t barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// The same in all lanes, and the compiler knows it.
+__device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+__device__ inline uint32_t exchange(uint32_t word, int lanes) { return __shfl_xor_sync(0xffffffffu, word, lanes); }
+
+template <int kRegisters>
+__device__ inline void give_registers() {
+  cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
+}
+
+template <int kRegisters>
+__device__ inline void take_registers() {
+  cutlass::arch::warpgroup_reg_alloc<kRegisters>();
+}
+
+__device__ inline void prefetch_map(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
+
+// A box of a (rows, heads, dim) tensor to shared memory; `full` has been told of its bytes. kRows, kColumns: the box.
+template <int kRows, int kColumns, class Element>
+__device__ inline void load_box(const CUtensorMap& map, FullBarrier& full, Element* to, int column, int head, int row) {
+  // Evict-normal: keys and values are read by many blocks at the same time, all from the L2 cache.
+  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  cute::SM90_TMA_LOAD_3D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, to, column, head, row);
+}
+
+// Four 8 x 8 matrices of 16-bit elements to shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
+// of each matrix j holds columns 2 (l % 4) and the next of row l / 4 in word j.
+__device__ inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   cute::cast_smem_ptr_to_uint(address)),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ inline void add_to_global(float* where, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(where), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
+__device__ inline void await_turn(const int* turn, int mine) {
+  int taken;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(taken) : "l"(turn) : "memory");
+  } while (taken != mine);
+}
+
+__device__ inline void pass_turn(int* turn) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+
+__device__ inline void fence_global() { __threadfence(); }
+
+__device__ inline float fast_tanh(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A warpgroup's part of a tile in shared memory as an operand: descriptors that wgmma reads.
+template <class Slice, class Tile>
+__device__ inline auto operand_a(Slice const& slice, Tile const& tile) {
+  return slice.partition_fragment_A(tile);
+}
+
+template <class Slice, class Tile>
+__device__ inline auto operand_b(Slice const& slice, Tile const& tile) {
+  return slice.partition_fragment_B(tile);
+}
+
+// Issues c (+)= a b and returns at once; the product is done when wait_for says so.
+template <bool kZero, class Mma, class A, class B, class C>
+__device__ inline void issue_product(Mma& mma, A const& a, B const& b, C& c) {
+  cute::warpgroup_fence_operand(c);
+  if constexpr (!cute::is_base_of<cute::GMMA::DescriptorIterator, typename A::iterator>::value) {
+    cute::warpgroup_fence_operand(const_cast<A&>(a));
+  }
+  cute::warpgroup_arrive();
+  if constexpr (kZero) mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(a); ++k) {
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_fence_operand(c);
+}
+
+// Waits until all products but the last kPending are done; c is the result of one that then is.
+template <int kPending, class C>
+__device__ inline void wait_for(C& c) {
+  cute::warpgroup_wait<kPending>();
+  cute::warpgroup_fence_operand(c);
+}
+
+}  // namespace genrec::attention
+
+#endif
