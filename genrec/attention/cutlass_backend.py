@@ -1,7 +1,7 @@
 """The `cutlass` backend: CUTLASS kernels for Hopper (csrc/attention), fp16 and bf16, forward and backward.
 
-Not in this build: any bias, dropout, dense masks, dims that aren't multiples of 8; `supports` says so. The kernels
-compile but have not been run on a GPU yet, so "auto" passes them over: name the backend to use it.
+Not in this build: any bias, dropout, dense masks, dims that aren't multiples of 8; `supports` says so. "auto" takes the
+backend for what has been run on a GPU: bf16, dims above 32. The rest serves calls that name it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class CutlassBackend:
     """Warp-specialised wgmma kernels; a batch is cut into tiles that persistent blocks take, the longest first."""
 
     name = "cutlass"
-    not_in_auto = "its kernels have not been run on a GPU yet; name it to use it"
 
     def __init__(self) -> None:
         self._last: _Batch | None = None
@@ -59,6 +58,14 @@ class CutlassBackend:
         if not _is_plain_causal(spec):
             problem.causal = 0
         return binding.why_not(problem, spec.needs_grad)
+
+    def not_in_auto(self, spec: AttentionSpec) -> str | None:
+        """Kernels that no GPU has run yet."""
+        if spec.dtype != torch.bfloat16:
+            return f"its kernels for {spec.dtype} have not been run on a GPU yet; name it to use them"
+        if max(spec.qk_dim, spec.v_dim) <= 32:
+            return "its kernels for dims up to 32 have not been run on a GPU yet; name it to use them"
+        return None
 
     def __call__(
         self,

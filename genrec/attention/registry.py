@@ -27,7 +27,8 @@ class UnsupportedAttentionError(ValueError):
 class AttentionBackend(Protocol):
     """What a backend is: a name, a word on whether it runs, and the op itself.
 
-    A backend with an attribute `not_in_auto`, a reason, serves only calls that name it.
+    It may have `not_in_auto`, a reason or a method of the spec that gives one: where there is a reason, only calls that
+    name the backend are served.
     """
 
     name: str
@@ -142,7 +143,10 @@ class BackendRegistry:
         lines = []
         for name in self.names():
             reason = self.why_not(name, spec)
-            lines.append(BackendReport(name, reason, None if reason else getattr(self.get(name), "not_in_auto", None)))
+            aside = None if reason else getattr(self.get(name), "not_in_auto", None)
+            if callable(aside):
+                aside = None if spec is None else aside(spec)
+            lines.append(BackendReport(name, reason, aside))
         return lines
 
     def resolve(self, name: str, spec: AttentionSpec) -> AttentionBackend:

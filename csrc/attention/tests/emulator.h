@@ -84,6 +84,11 @@ inline std::mt19937 random_numbers(1);
 inline Block& block() { return *blocks[running->block]; }
 inline void yield() { swapcontext(&running->context, &scheduler); }
 
+// Does nothing for some rounds.
+inline void linger(int rounds) {
+  for (; rounds > 0; --rounds, ++progress) yield();
+}
+
 template <class Condition>
 void wait_until(Condition condition) {
   while (!condition()) yield();
@@ -369,6 +374,7 @@ void issue_product(Mma&, A const& a, B const& b, C& c) {
 template <int kPending, class C>
 void wait_for(C&) {
   auto& products = emulator::running->products;
+  if (emulator::random_numbers() % 64 == 0) emulator::linger(8);
   while (static_cast<int>(products.size()) > kPending) {
     const std::function<void()> product = products.front();
     products.pop_front();

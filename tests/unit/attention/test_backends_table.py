@@ -78,7 +78,7 @@ def test_auto_takes_the_first_that_can(picky: BackendRegistry) -> None:
 def test_auto_passes_over_a_backend_that_says_so(
     picky: BackendRegistry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_Picky, "not_in_auto", "it is too new", raising=False)
+    monkeypatch.setattr(_Picky, "not_in_auto", lambda self, spec: "it is too new", raising=False)
     wide, offsets = torch.zeros(3, 1, 64), torch.tensor([0, 3])
     assert (hstu_attention(wide, wide, wide, offsets, 3) == 0).all()
     assert (hstu_attention(wide, wide, wide, offsets, 3, backend="picky") == 42).all()

@@ -78,7 +78,14 @@ def test_never_chosen_for_the_cpu() -> None:
     x = torch.zeros(3, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedAttentionError, match="'cutlass' can't serve this call"):
         hstu_attention(x, x, x, torch.tensor([0, 3]), 3, backend="cutlass")
-    assert CutlassBackend.not_in_auto
+
+
+def test_auto_takes_what_a_gpu_has_run() -> None:
+    backend = CutlassBackend()
+    assert backend.not_in_auto(SPEC) is None
+    assert backend.not_in_auto(replace(SPEC, qk_dim=64, v_dim=64, targets=True, needs_grad=True)) is None
+    assert "float16" in (backend.not_in_auto(replace(SPEC, dtype=torch.float16)) or "")
+    assert "dims up to 32" in (backend.not_in_auto(replace(SPEC, qk_dim=16, v_dim=32)) or "")
 
 
 def test_fake_ops_give_shapes_and_dtypes() -> None:
