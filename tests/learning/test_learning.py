@@ -64,10 +64,10 @@ def test_ranking_memorises_a_hundred_users(options):
         for s in range(0, USERS, 25)
     ]
     model = HSTURanking(
-        ITEMS, tasks, action_feature="action", num_actions=3, hidden_dim=48, max_seqlen=LENGTH, learning_rate=5e-3,
+        ITEMS, tasks, action_feature="action", num_actions=3, hidden_dim=48, max_seqlen=LENGTH, learning_rate=1e-2,
         **STILL, **options,
     )  # fmt: skip
-    run = fit(model, batches, 150)
+    run = fit(model, batches, 80)
     (metrics,) = run.validate(model, loader(batches), verbose=False)
     assert metrics["val/loss"] < 0.05
     assert metrics["val/auc/click"] > 0.999
@@ -110,7 +110,7 @@ def test_ranking_reads_the_history_that_the_perceptron_can_not_see():
         model = model_class(
             20, [Task("same")], hidden_dim=32, max_seqlen=6, input_dropout=0.0, learning_rate=5e-3, **options
         )
-        (metrics,) = fit(model, batches(0, 2000), 20).test(model, loader(batches(2000, 2200)), verbose=False)
+        (metrics,) = fit(model, batches(0, 2000), 12).test(model, loader(batches(2000, 2200)), verbose=False)
         auc[model_class] = metrics["test/auc/same"]
     assert auc[HSTURanking] > 0.9
     assert auc[MLPRanking] < 0.65
