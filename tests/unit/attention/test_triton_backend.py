@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from genrec.attention import AttentionMask, AttentionSpec, RelativeBias, hstu_attention
+from tests.parity.reference import MaskWords
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from genrec.attention.triton import TritonBackend, configs, launch, ops, tuning  # noqa: E402
+from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, query_blocks  # noqa: E402
+from genrec.attention.triton.prepared import Prepared, prepared_for  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPEC = AttentionSpec(DEVICE, torch.float32, 2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"qk_dim": 257}, "256"),
+        ({"v_dim": 264}, "256"),
+        ({"dense_mask": True}, "dense mask"),
+        ({"device": "cuda", "capability": (7, 5)}, "7.5"),
+        ({"device": "mps"}, "mps"),
+    ],
+)
+def test_reasons_for_what_it_does_not_do(change: dict, reason: str) -> None:
+    assert reason in (TritonBackend().supports(replace(SPEC, **change)) or "")
+
+
+def test_supports_the_rest() -> None:
+    backend = TritonBackend()
+    for dim in (1, 8, 25, 50, 96, 256):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            spec = replace(SPEC, qk_dim=dim, v_dim=dim, dtype=dtype, window=3, dropout=0.1, cached_keys=True)
+            assert backend.supports(spec) is None
+
+
+def _inputs(length: int = 40) -> tuple[Tensor, Tensor, RelativeBias]:
+    draw = torch.Generator().manual_seed(0)
+    projection = torch.randn(2 * length, 1, 48, generator=draw).to(DEVICE).requires_grad_()
+    offsets = torch.tensor([0, length // 2, 2 * length], device=DEVICE)
+    tables = [torch.randn(n, generator=draw).to(DEVICE).requires_grad_() for n in (4 * length - 1, 20)]
+    return projection, offsets, RelativeBias(*tables, torch.arange(2 * length, device=DEVICE) * 1000)
+
+
+def _attention(projection: Tensor, offsets: Tensor, position: Tensor, time: Tensor, times: Tensor) -> Tensor:
+    v, q, k = projection.split(16, dim=-1)
+    targets = torch.full_like(offsets[1:], 3)
+    return hstu_attention(q, k, v, offsets, 60, mask=AttentionMask(num_targets=targets), scale=0.1,
+                          bias=RelativeBias(position, time, times), backend="triton")  # fmt: skip
+
+
+def test_compiles_without_graph_breaks() -> None:
+    projection, offsets, bias = _inputs()
+    leaves = [projection, bias.position_weight, bias.time_weight]
+    arguments = projection, offsets, bias.position_weight, bias.time_weight, bias.timestamps
+    eager = _attention(*arguments)
+    compiled = torch.compile(_attention, backend="aot_eager", fullgraph=True)(*arguments)
+    torch.testing.assert_close(compiled, eager)
+    d_out = torch.ones_like(eager)
+    for x, y in zip(
+        torch.autograd.grad(compiled, leaves, d_out), torch.autograd.grad(eager, leaves, d_out), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_exports() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return _attention(*arguments)
+
+    projection, offsets, bias = _inputs()
+    arguments = (projection.detach(), offsets, bias.position_weight, bias.time_weight, bias.timestamps)
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    shapes = ({0: rows}, None, None, None, {0: rows})
+    program = torch.export.export(Layer(), arguments, dynamic_shapes=(shapes,))
+    assert "genrec.attention_triton" in str(program.graph)
+    fewer = (projection.detach()[:50], offsets.clamp(max=50), *arguments[2:4], bias.timestamps[:50])
+    torch.testing.assert_close(program.module()(*fewer), _attention(*fewer))
+
+
+def test_op_keeps_the_rules_of_custom_ops() -> None:
+    projection, offsets, bias = _inputs(20)
+    v, q, k = (x.detach().contiguous().requires_grad_() for x in projection.split(16, dim=-1))
+    arguments = (q, k, v, offsets, offsets, None, None, None, bias.position_weight, bias.time_weight, bias.timestamps,
+                 None, None, 40, 40, 1, -1, True, 1.0, 0.1, 0.0, 0, False, True)  # fmt: skip
+    torch.library.opcheck(ops.attention_forward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@triton.jit
+def _visited_kernel(
+    visits, i0, i1, contexts, history_end, kv_len, q_len, BLOCK: tl.constexpr, OTHER: tl.constexpr,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, TARGETS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    if KEYS:
+        first, low, full_low, full_high, high, target_low, target_high = key_blocks(
+            i0, i1, contexts, history_end, BLOCK, GROUP, WINDOW, CAUSAL, TARGETS
+        )
+    else:
+        first, low, full_low, full_high, high, target_low, target_high = query_blocks(
+            i0, i1, contexts, history_end, kv_len, q_len, BLOCK, OTHER, GROUP, WINDOW, CAUSAL, TARGETS
+        )
+    for index in range(0, cut_count(first, low, full_low, full_high, high, target_low, target_high)):
+        tl.atomic_add(visits + cut_block(index, first, low, full_low, full_high, high, target_low), 1)
+    for n in range(full_low, full_high):
+        tl.atomic_add(visits + n, 100)
+
+
+def test_blocks_are_visited_once_where_seen_and_unmasked_only_where_seen_whole() -> None:
+    draw = random.Random(0)
+    for _ in range(60):
+        kv_len, block, other = draw.randint(1, 60), draw.choice([4, 8]), draw.choice([4, 8])
+        q_len = draw.randint(1, kv_len)
+        contexts = draw.choice([0, draw.randint(0, kv_len)])
+        targets = draw.choice([0, draw.randint(0, kv_len - contexts)])
+        window, group = draw.choice([None, draw.randint(0, 20)]), draw.randint(1, 3)
+        words = MaskWords(kv_len, contexts, targets, group, window, draw.random() < 0.7)
+        shift = kv_len - q_len
+        rows, keys = range(shift, kv_len), range(kv_len)
+        for of_keys in (True, False):
+            mine, theirs = (q_len, kv_len) if of_keys else (kv_len, q_len)
+            start = draw.randrange(0, mine, other)
+            end = min(start + other, mine)
+            visits = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+            plus = shift if of_keys else 0
+            _visited_kernel[(1,)](
+                visits, start + plus, end + plus, contexts, kv_len - targets, kv_len, q_len, BLOCK=block, OTHER=other,
+                GROUP=group, WINDOW=-1 if window is None else window, CAUSAL=words.causal, TARGETS=targets > 0,
+                KEYS=of_keys,
+            )  # fmt: skip
+            for n, count in enumerate(visits.tolist()):
+                block_of = range(n * block, min(n * block + block, theirs))
+                pairs = [
+                    (rows[a], keys[b]) if of_keys else (rows[b], keys[a]) for a in range(start, end) for b in block_of
+                ]
+                seen = [words.sees(i, j) for i, j in pairs]
+                assert count in (0, 1, 100), (words, n, count)
+                assert count or not any(seen), (words, q_len, of_keys, start, n)
+                if count == 100:
+                    assert all(seen), (words, q_len, of_keys, start, n)
+                    assert len(block_of) == block
+
+
+def test_work_is_ordered_by_length() -> None:
+    offsets = torch.tensor([0, 5, 5, 25, 31], device=DEVICE)
+    prepared = Prepared((offsets, offsets), (None, None), (31, 31))
+    items, count = prepared.items(False, 8)
+    assert count.item() == 5
+    assert items[:5].tolist() == [[2, 2], [2, 1], [2, 0], [3, 0], [0, 0]]
+    assert prepared.items(True, 8)[0][:3].tolist() == [[2, 0], [2, 1], [2, 2]]
+
+
+def test_plans_are_kept_while_tensors_are_unchanged() -> None:
+    offsets = torch.tensor([0, 3, 9], device=DEVICE)
+    first = prepared_for((offsets, offsets), (None, None), (9, 9), True)
+    assert prepared_for((offsets, offsets), (None, None), (9, 9), True) is first
+    assert prepared_for((offsets, offsets), (None, None), (9, 9), False) is not first
+    offsets[1] = 4
+    assert prepared_for((offsets, offsets), (None, None), (9, 9), True) is not first
+
+
+def test_measured_configurations_are_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GENREC_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning._kept.cache_clear()
+    projection, offsets, _ = _inputs(20)
+    v, q, k = projection.detach().split(16, dim=-1)
+    rest = (None, None, None, None, None, None, None, None, 40, 40, 1, -1, True, 1.0, 0.1, 0.0, 0, False, True)
+    call = launch.Call(q, k, v, offsets, offsets, *rest)
+    used: list[configs.Config] = []
+    measured = configs.Config(16, 16, tma=False)
+    tuning._keep(tuning.key_of("forward", call), measured)
+    tuning._keep("another", configs.Config(32, 16))
+    tuning.run("forward", call, used.append)
+    tuning.run("backward", call, used.append)
+    with tuning.forced("forward", configs.Config(64, 16)):
+        tuning.run("forward", call, used.append)
+    assert used == [measured, configs.candidates("backward", call.shape)[0], configs.Config(64, 16)]
+    tuning.cache_file().write_text("not json")
+    tuning._kept.cache_clear()
+    assert tuning._kept() == {}
