@@ -89,7 +89,8 @@ def make_call(options: argparse.Namespace, dim: int, bias: str) -> launch.Call:
         "max_q_len": 4096, "max_kv_len": 4096, "group": 1, "window": -1, "causal": True, "alpha": 0.1, "scale": 0.001,
         "dropout": options.dropout, "seed": 7, "deterministic": options.deterministic, "reuse": False,
         "prepared": _Plans(_meta(33, dtype=torch.int64), _meta(131072, dtype=torch.int64)),
-        "shape": Shape(dtype.itemsize * 8, launch._width(dim), launch._width(dim), bias != "none", True, False),
+        "shape": Shape(dtype.itemsize * 8, launch._width(dim), launch._width(dim), bias not in ("none", "dense"), True,
+                       False),
     }  # fmt: skip
     return call
 

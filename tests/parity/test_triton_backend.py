@@ -30,8 +30,13 @@ def one_head(case: Case) -> Case:
     return replace(case, heads=1) if "-" in case.name else case
 
 
+# Each term of the relative bias alone with these masks, both with all: a minute and a half of an idle core.
+_ALONE = ("causal-", "contexts_targets_window-", "full_window-")
+CI_GRID = [case for case in GRID if not case.name.endswith(("-position", "-time")) or case.name.startswith(_ALONE)]
+
+
 @interpreted
-@pytest.mark.parametrize("case", GRID, ids=str)
+@pytest.mark.parametrize("case", CI_GRID, ids=str)
 def test_grid(case: Case) -> None:
     assert_parity("triton", one_head(case), torch.float32)
 

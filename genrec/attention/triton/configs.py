@@ -41,10 +41,12 @@ INTERPRETER = Config(32, 32, tma=False)
 """Few and large steps, yet several blocks in short sequences."""
 
 _FORWARD = {
-    64: [Config(128, 64, 4, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 4, 3)],
-    128: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
+    64: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
+    128: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
     256: [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2)],
 }
+# The relative bias takes registers: these don't spill with it.
+_FORWARD_WITH_BIAS = {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)}
 _BACKWARD = {
     64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(128, 128, 8, 2), Config(64, 128, 4, 2)],
     128: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2)],
@@ -69,6 +71,8 @@ def candidates(kind: Kind, shape: Shape) -> list[Config]:
     if shape.bits == 32:
         return (_WIDE if kind == "forward" else _WIDE_BACKWARD)[width]
     found = _LISTS[kind][width]
+    if kind == "forward" and shape.bias:
+        found = list(dict.fromkeys([_FORWARD_WITH_BIAS[width], *found]))
     if not shape.hopper:  # two thirds of the shared memory, and no descriptors
         found = [replace(c, tma=False, rows=min(c.rows, 64), keys=min(c.keys, 64), warps=4) for c in found]
         found = [replace(c, stages=1) if width == 256 else c for c in dict.fromkeys(found)]

@@ -243,6 +243,8 @@ class Gradients:
 def _launch_backward(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
     pieces = call.pieces(config, of_keys=True)
     gradients.begin(pieces)
+    if gradients.d_position is not None and config.rows > config.keys:
+        raise ValueError(f"{config}: with a position table a block has at most as many rows as keys.")
     d_dense = gradients.d_dense
     strides = (0, 0, 0)
     if d_dense is not None:
