@@ -42,14 +42,14 @@ INTERPRETER = Config(32, 32, tma=False)
 
 _FORWARD = {
     64: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
-    128: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+    128: [Config(64, 64, 4, 2), Config(128, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 128, 8, 2)],
     256: [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2)],
 }
 # The relative bias takes registers: these don't spill with it.
 _FORWARD_WITH_BIAS = {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)}
 _BACKWARD = {
     64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(128, 128, 8, 2), Config(64, 128, 4, 2)],
-    128: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2)],
+    128: [Config(64, 128, 8, 2, tma=False), Config(64, 128, 8, 2), Config(64, 128, 8, 1), Config(64, 64, 4, 1)],
     256: [Config(64, 64, 8, 1), Config(32, 64, 8, 2), Config(64, 64, 4, 1)],
 }
 _ROWS = {

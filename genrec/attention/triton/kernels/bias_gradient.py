@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from genrec.attention.triton.kernels.bias import bucket, far_distances, load_times, near_distances
-from genrec.attention.triton.kernels.memory import scatter_add
 
 SUMMED = tl.constexpr(8)
 """Buckets that a tile sums before it adds; what lies in others, the near distances, it adds one by one."""
@@ -63,7 +62,8 @@ def add_time_gradient(
             if not DETERMINISTIC:  # noqa: SIM102 - known when it is compiled, the other isn't
                 if summed > first:
                     place = bucket(distance, near_edges, BUCKETS)
-                    scatter_add(into, place, gradient, (place < summed) & (gradient != 0.0))
+                    # Threads may hold copies of an entry (small blocks do): `atomic_add` knows which of them adds.
+                    tl.atomic_add(into + place, gradient, (place < summed) & (gradient != 0.0), sem="relaxed")
         else:
             for b in range(first, last + 1):
                 distance = far_distances(rows, keys)

@@ -1,8 +1,8 @@
-"""Gathers and scattered additions that keep the layout of a product of matrices.
+"""Gathers that keep the layout of a product of matrices.
 
-The compiler lays tiles of `tl.load` and `tl.atomic_add` out for coalesced access and moves each result through shared
-memory to where the products want it: twice the traffic, and room that the pipeline needs. Tables of the bias are small
-and live in the cache; each thread reads what its own scores ask for. The interpreter takes the ordinary operations.
+The compiler lays tiles of `tl.load` out for coalesced access and moves each result through shared memory to where the
+products want it: twice the traffic, and room that the pipeline needs. Tables of the bias are small and live in the
+cache; each thread reads what its own scores ask for. The interpreter takes the ordinary operation.
 """
 
 from __future__ import annotations
@@ -26,15 +26,3 @@ def gather(table, index):
         return tl.inline_asm_elementwise(
             "{ .reg .b64 a; mad.wide.s32 a, $2, 4, $1; ld.global.nc.b32 $0, [a]; }", "=r,l,r",
             [table.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
-
-
-@triton.jit
-def scatter_add(table, index, value, inside):
-    """table[index] += value where `inside`, by atomics, in no order."""
-    if EMULATED:
-        tl.atomic_add(table + index, value, inside, sem="relaxed")
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .b64 a; .reg .pred p; mad.wide.s32 a, $2, 4, $1; setp.ne.s32 p, $4, 0;"
-            " @p red.relaxed.gpu.global.add.f32 [a], $3; mov.b32 $0, 0; }", "=r,l,r,f,r",
-            [table.to(tl.int64), index, value, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
