@@ -239,12 +239,12 @@ def measure(world_size: int, sizes: Sizes) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batch", type=int, default=32, help="sequences of a batch on each rank")
+    parser.add_argument("--batch", type=int, default=64, help="sequences of a batch on each rank")
     parser.add_argument("--events", type=int, default=100, help="longest sequence")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--items", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a round")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
     sizes = parser.parse_args(namespace=Sizes())
     from genrec.environment import headline
