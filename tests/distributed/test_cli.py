@@ -1,4 +1,4 @@
-"""Recipes over several processes from the command line: as README and docs show them, and as `trainer.devices` alone."""
+"""Recipes over several processes from the command line: as README and docs show them."""
 
 from __future__ import annotations
 
