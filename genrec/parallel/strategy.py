@@ -262,7 +262,11 @@ class HybridParallelStrategy(ParallelStrategy):
         assert module is not None
         if not module.automatic_optimization:
             raise ValueError(f"pipeline='{self.pipeline}' needs automatic optimization: set pipeline='none'.")
-        self.step_pipeline = StepPipeline(self, self.pipeline, super().training_step)
+        kind: str = self.pipeline
+        if kind == "sparse_dist" and not any(isinstance(child, ShardedModule) for child in module.modules()):
+            rank_zero_info("No table is sharded: pipeline 'sparse_dist' has no ids to exchange and only copies ahead.")
+            kind = "base"
+        self.step_pipeline = StepPipeline(self, kind, super().training_step)
         # The pipeline runs it, with the gradients zeroed before.
         trainer.fit_loop._skip_backward = True
         # Batches come to the loop with the hooks behind them: the one that it calls by itself must not run again.
