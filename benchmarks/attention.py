@@ -62,8 +62,8 @@ class Batch:
         width = 4 * point.dim
         scale = point.dim**-0.25
         shape = total, point.heads, width
-        self.projection = torch.randn(shape, dtype=dtype, device=device).mul_(scale).requires_grad_()
-        _, self.v, self.q, self.k = self.projection.split(point.dim, dim=-1)
+        projection = torch.randn(shape, dtype=dtype, device=device).mul_(scale)
+        _, self.v, self.q, self.k = (x.detach().requires_grad_() for x in projection.split(point.dim, dim=-1))
         self.d_out = torch.randn(total, point.heads, point.dim, dtype=dtype, device=device)
         sizes = torch.tensor([0, *self.lengths])
         self.offsets = sizes.cumsum(0).to(device)
@@ -109,9 +109,10 @@ def check(point: Point) -> str:
     """Output and gradients of a small batch against fp64 on the same device; raises where they are off."""
     small = Point(point.heads, point.dim, 300, point.kind, point.bias)
     batch, exact = Batch(small, 1200), Batch(small, 1200, torch.float64)
-    leaves = [[b.projection, *b.tables] for b in (batch, exact)]
+    leaves = [[b.q, b.k, b.v, *b.tables] for b in (batch, exact)]
     with torch.no_grad():
-        exact.projection.copy_(batch.projection)
+        for x, y in zip(leaves[0][:3], leaves[1][:3], strict=True):
+            y.copy_(x)
     outs = batch.attention(), exact.attention("torch")
     found = torch.autograd.grad(outs[0], leaves[0], batch.d_out)
     wanted = torch.autograd.grad(outs[1], leaves[1], batch.d_out.double())
@@ -166,10 +167,8 @@ def time_genrec(batch: Batch) -> tuple[Timing, Timing]:
     """This library's kernels."""
     with torch.no_grad():
         ahead = timed(batch.attention)
-    q, k, v = (x.detach().requires_grad_() for x in (batch.q, batch.k, batch.v))
-    batch.q, batch.k, batch.v = q, k, v
-    out = batch.attention()
-    back = timed(lambda: torch.autograd.grad(out, [q, k, v, *batch.tables], batch.d_out, retain_graph=True))
+    out, leaves = batch.attention(), [batch.q, batch.k, batch.v, *batch.tables]
+    back = timed(lambda: torch.autograd.grad(out, leaves, batch.d_out, retain_graph=True))
     return ahead, back
 
 
