@@ -124,6 +124,7 @@ def _measure(
             if clear is not None:
                 clear()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(10_000_000)  # 5 ms: the launch is queued when it ends, Python's time is not the kernel's
             begin.record()
             launch(config)
             end.record()
