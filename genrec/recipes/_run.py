@@ -189,6 +189,7 @@ def build_trainer(config: RecipeConfig, data: Any, folder: Any, strategy: Any = 
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     from genrec.callbacks import GracefulInterrupt, LearningRates, LoaderPosition, StepSeed
+    from genrec.parallel.checkpoint_io import FolderCheckpointIO
 
     directory = Path(config.run.dir)
     options = {name: value for name, value in vars(config.trainer).items() if name != "options" and value is not None}
@@ -217,6 +218,8 @@ def build_trainer(config: RecipeConfig, data: Any, folder: Any, strategy: Any = 
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "strategy": strategy,
+        # One process goes on with what several have saved too.
+        "plugins": [FolderCheckpointIO()] if strategy == "auto" else [],
     }
     if config.trainer.devices == "auto":
         options |= launched()
