@@ -16,9 +16,29 @@ class _ClipsWholeModel:
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: int | float) -> None:
         """As `torch.nn.utils.clip_grad_norm_`."""
+        from genrec.parallel import megatron
         from genrec.parallel.parallelize import clip_grad_norm
 
+        if parts := megatron.distributed_parts([optimizer]):
+            # Their gradients are still on the way to the ranks that step: they clip themselves once these are there.
+            for part in parts:
+                part.clip_next(float(clip_val))
+            return
         clip_grad_norm(self.main_params(optimizer), clip_val)  # type: ignore[attr-defined]
+
+    def clip_grad_by_value(self, optimizer: Any, clip_val: int | float) -> None:
+        """As `torch.nn.utils.clip_grad_value_`.
+
+        Raises:
+            ValueError: Megatron's distributed optimizer holds the gradients.
+        """
+        from genrec.parallel import megatron
+
+        if megatron.distributed_parts([optimizer]):
+            raise ValueError(
+                "dense='megatron' clips by norm alone: set gradient_clip_algorithm='norm' or dense='torch'."
+            )
+        super().clip_grad_by_value(optimizer, clip_val)  # type: ignore[misc]
 
 
 class HybridPrecision(_ClipsWholeModel, Precision):

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from genrec.models.optim import CombinedOptimizer
 from genrec.parallel import checkpoint, megatron
-from genrec.parallel.parallelize import clip_grad_norm, parallelize, shard_dims
+from genrec.parallel.parallelize import parallelize, shard_dims
+from genrec.parallel.precision import HybridPrecision
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_tensor_parallel import FORMS, Model, shares
 
@@ -76,10 +77,11 @@ class Training:
                     loss = self.wrapper(self.batch) / 2
                     loss.backward()
             losses.append(2 * float(loss))
-            if self.spread is None:
-                clip_grad_norm(self.model.parameters(), MAX_NORM)
-            else:
-                self.spread.clip_next(MAX_NORM)
+            # As the Trainer clips.
+            HybridPrecision().clip_grad_by_norm(self.optimizer, MAX_NORM)
+            if self.spread is not None:
+                with pytest.raises(ValueError, match="by norm alone"):
+                    HybridPrecision().clip_grad_by_value(self.optimizer, MAX_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.schedule.step()
