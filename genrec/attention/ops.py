@@ -95,6 +95,8 @@ def attention_spec(
 ) -> AttentionSpec:
     """The `AttentionSpec` of such a call: what the backends are asked about."""
     structured = mask if isinstance(mask, AttentionMask) else AttentionMask()
+    tables = [bias.position_weight, bias.time_weight] if isinstance(bias, RelativeBias) else [bias]
+    trained = [q, v, *(table for table in tables if table is not None)]
     kind: BiasKind = "none" if bias is None else "relative" if isinstance(bias, RelativeBias) else "dense"
     return AttentionSpec(
         device=q.device.type,
@@ -113,7 +115,7 @@ def attention_spec(
         tensor_scale=isinstance(scale, Tensor),
         dropout=dropout,
         capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
-        needs_grad=torch.is_grad_enabled() and (q.requires_grad or v.requires_grad),
+        needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained),
         deterministic=deterministic,
     )
 

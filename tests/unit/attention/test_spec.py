@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genrec.attention import AttentionMask, RelativeBias, time_bucket, time_bucket_edges
+from genrec.attention import AttentionMask, RelativeBias, attention_spec, time_bucket, time_bucket_edges
 from genrec.attention._tiles import exact_bucket
 from tests.parity.reference import bucket
 
@@ -42,3 +42,13 @@ def test_mask_and_bias_refuse_nonsense() -> None:
         RelativeBias(None, torch.zeros(4), None)
     with pytest.raises(TypeError, match="int64"):
         RelativeBias(None, torch.zeros(4), torch.zeros(3))
+
+
+def test_a_trained_bias_needs_gradients():
+    q = torch.zeros(3, 2, 4)
+    table = torch.zeros(5, requires_grad=True)
+    assert not attention_spec(q, q).needs_grad
+    assert attention_spec(q, q, bias=RelativeBias(table, None, None)).needs_grad
+    assert attention_spec(q, q, bias=torch.zeros(1, 1, 3, 3, requires_grad=True)).needs_grad
+    with torch.no_grad():
+        assert not attention_spec(q, q, bias=RelativeBias(table, None, None)).needs_grad
