@@ -17,13 +17,20 @@ STEPS = 50
 NORM: dict[str, Any] = {"norm_eps": 1e-3}
 GROUP_NORM: dict[str, Any] = {"hstu_options": {**NORM, "group_norm": True}}
 MODEL = {"eps": 1e-4, "num_layers": 2, "hstu_options": NORM}
-CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "ranking, paper": ("ranking", False, {"form": "paper"}),
-    "ranking, production, sequence parallel": ("ranking", True, {"form": "production"}),
-    "retrieval, paper, sequence parallel": ("retrieval", True, {"form": "paper"}),
-    "retrieval, production": ("retrieval", False, {"form": "production"}),
-    "retrieval, group norm": ("retrieval", False, {"form": "production", "relative_bias": "time", **GROUP_NORM}),
-}
+TABLE_WISE, COLUMN_WISE = {"table_optimizer": "sgd"}, {"table_optimizer": "adagrad"}
+CASES: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
+    "ranking, paper": ("ranking", "row_wise", False, {"form": "paper"}),
+    "ranking, production, sequence parallel": ("ranking", "row_wise", True, {"form": "production"}),
+    "ranking, table-wise": ("ranking", "table_wise", False, TABLE_WISE),
+    "ranking, column-wise": ("ranking", "column_wise", False, COLUMN_WISE),
+    "retrieval, paper, sequence parallel": ("retrieval", "row_wise", True, {"form": "paper"}),
+    "retrieval, production": ("retrieval", "row_wise", False, {"form": "production"}),
+    "retrieval, group norm": (
+        "retrieval", "row_wise", False, {"form": "production", "relative_bias": "time", **GROUP_NORM}
+    ),
+    "retrieval, table-wise": ("retrieval", "table_wise", False, TABLE_WISE),
+    "retrieval, column-wise": ("retrieval", "column_wise", False, COLUMN_WISE),
+}  # fmt: skip
 
 
 def _curves(rank: int, world_size: int, size: int) -> dict[str, list[float]]:
@@ -31,10 +38,15 @@ def _curves(rank: int, world_size: int, size: int) -> dict[str, list[float]]:
         name: training.train(
             kind,
             STEPS,
-            {"sharding": "row_wise", "tensor_parallel_size": size, "sequence_parallel": parallel and size > 1},
-            {**MODEL, **form},
+            {
+                "sharding": sharding,
+                "tensor_parallel_size": size,
+                "sequence_parallel": parallel and size > 1,
+                "pipeline": "none" if sharding == "row_wise" else "sparse_dist",
+            },
+            {**MODEL, **options},
         )
-        for name, (kind, parallel, form) in CASES.items()
+        for name, (kind, sharding, parallel, options) in CASES.items()
     }
 
 
