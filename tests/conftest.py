@@ -13,6 +13,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is marked `gpu` or `hopper` where there is none: its shapes would take the interpreter hours."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("hopper") and not (
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    ):
+        pytest.skip("needs a Hopper GPU")
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Folder of the real data sets (ml-100k/, amazon-beauty/): GENREC_TEST_DATA, else `shared/data` beside the repo."""
