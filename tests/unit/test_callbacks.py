@@ -43,9 +43,19 @@ def test_files_of_a_run(tmp_path):
     assert not list((tmp_path / "run").glob("*.part"))
 
 
+def trainer_of(rank, **strategy):
+    return SimpleNamespace(global_rank=rank, strategy=SimpleNamespace(**strategy))
+
+
+def test_ranks_that_share_a_batch_draw_alike():
+    seeds = [StepSeed(1).seed_of(trainer_of(rank, data_parallel_rank=rank // 2), 0) for rank in range(4)]
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+    assert seeds[2] == StepSeed(1).seed_of(trainer_of(1), 0)
+
+
 def draws(seed, rank, batches, skipped=0):
     """First random number of each batch; `skipped` draws of validation come between."""
-    callback, trainer, numbers = StepSeed(seed), SimpleNamespace(global_rank=rank), []
+    callback, trainer, numbers = StepSeed(seed), trainer_of(rank), []
     callback.on_train_start(trainer, None)
     for index in range(batches):
         numbers.append(torch.rand(()).item())
@@ -67,7 +77,7 @@ def test_seeds_of_steps():
 def test_a_resumed_run_draws_what_comes_next():
     numbers, _ = draws(5, 0, 4)
     _, state = draws(5, 0, 2)
-    callback, trainer = StepSeed(5), SimpleNamespace(global_rank=0)
+    callback, trainer = StepSeed(5), trainer_of(0)
     callback.load_state_dict(state)
     callback.on_train_start(trainer, None)
     assert torch.rand(()).item() == numbers[2]
