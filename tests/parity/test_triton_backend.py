@@ -21,7 +21,6 @@ from tests.parity.triton_checks import (
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
 interpreted = pytest.mark.skipif(GPU, reason="on a GPU the kernels are compiled: see the tests marked gpu")
-on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -91,7 +90,6 @@ def test_a_wrong_bucket_is_noticed() -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_grid_on_gpu(case: Case, dtype: torch.dtype) -> None:
@@ -102,7 +100,6 @@ _REAL = {"heads": 2, "lengths": (1000, 1, 333, 0, 640), "strided": True}
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [50, 64, 128, 256])
 @pytest.mark.parametrize("words", [
@@ -117,7 +114,6 @@ def test_real_shapes_on_gpu(words: dict, dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_cases())
 def test_random_on_gpu(case: Case) -> None:
@@ -125,7 +121,6 @@ def test_random_on_gpu(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 8])
 @pytest.mark.parametrize("name", ["contexts_targets-both", "long_targets", "dims64x64_h2", "long_full"])
@@ -136,7 +131,6 @@ def test_foreign_rows_do_not_matter_on_gpu(name: str, columns: int, dtype: torch
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["long_targets", "dense_bias_heads", "causal-dense", "years", "dims64x64_h2"])
 def test_deterministic_on_gpu(name: str, dtype: torch.dtype) -> None:
@@ -144,13 +138,11 @@ def test_deterministic_on_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_dropout_on_gpu() -> None:
     check_dropout("cuda", 250)
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_more_than_2_31_elements_on_gpu() -> None:
     """The last sequence of a batch whose q, k, v and output pass 2^31 elements, beside itself alone."""
     from genrec.attention import RelativeBias, hstu_attention
