@@ -91,7 +91,11 @@ class BackendRegistry:
         self._instances: dict[str, AttentionBackend] = {}
         self._entry_points_read = False
         self.used: set[str] = set()
-        """Names of the backends that have served a call in this process; a run keeps them in its summary."""
+        """Names of the backends that have served a call since `forget_use`; a run keeps them in its summary."""
+
+    def forget_use(self) -> None:
+        """Start `used` anew, as each run does: the runs of one process must not report each other's backends."""
+        self.used.clear()
 
     def register(self, name: str, factory: Callable[[], AttentionBackend], *, first: bool = False) -> None:
         """Add a backend under `name`; `first` puts it before all others in the order of "auto"."""

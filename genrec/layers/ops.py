@@ -296,8 +296,13 @@ def note_use(name: str, *notes: str) -> None:
 
 
 def layer_backends_used() -> dict[str, list[str]]:
-    """The backends that have served a layer in this process, each with what it fused and what it left to a module."""
+    """Backends that served a layer since `forget_layer_use`, each with what it fused and what it left to a module."""
     return {name: sorted(notes) for name, notes in sorted(_used.items())}
+
+
+def forget_layer_use() -> None:
+    """Start `layer_backends_used` anew, as each run does."""
+    _used.clear()
 
 
 @dataclass(frozen=True)

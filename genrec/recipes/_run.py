@@ -141,6 +141,7 @@ def run(config: RecipeConfig, build_data: BuildData, build_model: BuildModel) ->
     if resume_from is None:
         make_room(directory)
     L.seed_everything(config.seed, workers=True, verbose=False)
+    _forget_backends_used()
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")
@@ -286,6 +287,14 @@ def environment(config: Any, data: Any) -> dict[str, Any]:
         "layer_backends_used": _layers_used(),
         "test_targets_hash": getattr(data, "test_targets_hash", None),
     }
+
+
+def _forget_backends_used() -> None:
+    from genrec.attention.registry import registry
+    from genrec.layers.ops import forget_layer_use
+
+    registry.forget_use()
+    forget_layer_use()
 
 
 def _attention_used() -> list[str]:

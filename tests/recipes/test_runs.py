@@ -12,12 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from genrec.attention.registry import registry
 from genrec.config import RankingConfig, RetrievalConfig, load_config
+from genrec.layers.ops import note_use
 from tests.recipes.conftest import TINY
 
 
 @pytest.mark.parametrize(("recipe", "schema"), [("ranking", RankingConfig), ("retrieval", RetrievalConfig)])
 def test_files_of_a_run(recipe, schema, measure, tmp_path, capsys):
+    registry.used.add("served an earlier run")
+    note_use("served an earlier run")
     metrics = measure(recipe, "seed=4", "run.predict=true")
     run = tmp_path / "run"
     config = load_config(schema, run / "config.yaml")
@@ -27,6 +31,7 @@ def test_files_of_a_run(recipe, schema, measure, tmp_path, capsys):
     assert environment["seed"] == 4
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["attention_backends_used"] == ["torch"]
+    assert list(environment["layer_backends_used"]) == ["torch"]
     assert len(environment["test_targets_hash"]) == 16
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert list(run.glob("logs/csv/*/metrics.csv"))
