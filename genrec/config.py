@@ -364,6 +364,7 @@ class StrategySection:
             "auto" (TorchRec's planner chooses; a copy where a table's optimizer can't be fused on the device).
         tables: What differs in single tables, for example `{item: row_wise, user: table_wise}`.
         memory: GiB that each rank may use for tables; null for what its device has.
+        planner: What plans instead of these three: the import path of a function or a planner, `my_module.my_planner`.
         async_save: Write checkpoints in the background.
         find_unused_parameters: Some dense parameters have no gradient in some steps.
         timeout: Seconds after which a rank gives up waiting for the others.
@@ -377,6 +378,7 @@ class StrategySection:
     sharding: Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"] = "auto"
     tables: dict[str, str] = field(default_factory=dict)
     memory: float | None = None
+    planner: str | None = None
     async_save: bool = False
     find_unused_parameters: bool = False
     timeout: float = 1800.0

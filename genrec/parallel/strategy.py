@@ -33,7 +33,7 @@ from genrec.parallel import megatron
 from genrec.parallel.loaders import EvaluationLoader, TrainingLoader
 from genrec.parallel.parallelize import check_model, parallelize, shard_dims
 from genrec.parallel.pipeline import PreparedBatch, StepPipeline
-from genrec.parallel.planner import TablesPlan, plan_tables, sharders
+from genrec.parallel.planner import TablesPlan, check_planner, plan_tables, sharders
 from genrec.parallel.precision import hybrid_precision
 from genrec.parallel.summary import whole_summaries
 
@@ -57,6 +57,8 @@ class HybridParallelStrategy(ParallelStrategy):
             `genrec.parallel.planner.plan_tables`).
         tables: Table -> sharding, where it differs.
         memory: GiB that each rank may use for tables; None: what its device has.
+        planner: What plans instead of these three: an object like TorchRec's EmbeddingShardingPlanner, a function
+            (module, topology, sharders) -> ShardingPlan, or a ready ShardingPlan.
         async_save: Write checkpoints in the background.
         timeout: Of collectives: after so long a rank gives up waiting for the others.
         find_unused_parameters: As in DistributedDataParallel: some dense parameters have no gradient in some steps.
@@ -64,7 +66,7 @@ class HybridParallelStrategy(ParallelStrategy):
         options: What Lightning's connectors pass to every strategy.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: An unknown name, or a planner beside the settings that it replaces.
         ImportError: Megatron-Core is needed and not installed.
     """
 
@@ -79,6 +81,7 @@ class HybridParallelStrategy(ParallelStrategy):
         sharding: str = "auto",
         tables: Mapping[str, str] | None = None,
         memory: float | None = None,
+        planner: Any = None,
         async_save: bool = False,
         timeout: timedelta | float = timedelta(minutes=30),
         find_unused_parameters: bool = False,
@@ -91,10 +94,14 @@ class HybridParallelStrategy(ParallelStrategy):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
+        check_planner(planner)
+        if planner is not None and (sharding != "auto" or tables or memory is not None):
+            raise ValueError("A planner decides alone: give no sharding, tables or memory beside it.")
         super().__init__(**options)
         self.tensor_parallel_size, self.sequence_parallel = tensor_parallel_size, sequence_parallel
         self.dense, self.pipeline = dense, pipeline
         self.sharding, self.tables, self.memory = sharding, dict(tables or {}), memory
+        self.planner = planner
         self.async_save, self.find_unused_parameters = async_save, find_unused_parameters
         self.timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         self.plan: TablesPlan | None = None
@@ -231,8 +238,9 @@ class HybridParallelStrategy(ParallelStrategy):
         whole_summaries(module)
         parallelize(module, sequence_parallel=self.sequence_parallel)
         self.plan = plan_tables(
-            module, self.root_device, sharding=self.sharding, tables=self.tables, memory=self.memory
-        )
+            module, self.root_device, sharding=self.sharding, tables=self.tables, memory=self.memory,
+            planner=self.planner,
+        )  # fmt: skip
         rank_zero_info(f"Tables over {self.world_size} ranks:\n{self.plan}")
         # It swaps the modules of the tables in place, so the LightningModule stays what Lightning knows.
         DistributedModelParallel(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from genrec.config import ConfigError, RecipeConfig, help_text, load_config, to_yaml
 from genrec.environment import check_environment, describe
+from genrec.recipes._imports import imported
 from genrec.recipes._strategy import build_strategy, launched
 
 Config = TypeVar("Config", bound=RecipeConfig)
@@ -315,13 +315,7 @@ def import_class(path: str) -> type:
     Raises:
         ConfigError: There is none.
     """
-    module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model.class_path={path}: {error}.") from error
+    found = imported("model.class_path", path)
     if not isinstance(found, type):
         raise ConfigError(f"model.class_path={path}: expected the dotted path of a class, such as my_models.MyRanking.")
     return found

@@ -8,13 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from genrec.config import ConfigError, RecipeConfig, StrategySection, TrainerConfig
+from genrec.recipes._imports import imported
 
 
 def build_strategy(config: RecipeConfig) -> Any:
     """What `lightning.Trainer(strategy=...)` gets: "auto", a name, or a `HybridParallelStrategy`.
 
     Raises:
-        ConfigError: An unknown name, or settings of "hybrid_parallel" for another strategy.
+        ConfigError: An unknown name, a planner that can't be imported, or settings of "hybrid_parallel" for another
+            strategy.
     """
     settings = asdict(config.strategy)
     name = settings.pop("name")
@@ -28,6 +30,8 @@ def build_strategy(config: RecipeConfig) -> Any:
 
         # The Trainer's constructor checks it too, but then an earlier run has already made room.
         check_sizes(processes(config.trainer), config.strategy.tensor_parallel_size)
+        if config.strategy.planner is not None:
+            settings["planner"] = imported("strategy.planner", config.strategy.planner)
         try:
             return HybridParallelStrategy(**settings)
         except ImportError as error:
