@@ -10,11 +10,12 @@
 namespace genrec::attention {
 
 // The generated list of what is built.
-#define GENREC_INSTANCE(dtype, dim, mask)              \
-  ForwardInstance forward_##dtype##_##dim##_##mask();  \
-  BackwardInstance backward_##dtype##_##dim##_##mask();
-#include "instances.inc"
-#undef GENREC_INSTANCE
+#define GENREC_FORWARD_INSTANCE(dtype, dim, mask, bias) ForwardInstance forward_##dtype##_##dim##_##mask##_##bias();
+#define GENREC_BACKWARD_INSTANCE(dtype, dim, mask, bias) BackwardInstance backward_##dtype##_##dim##_##mask##_##bias();
+#include "forward.inc"
+#include "backward.inc"
+#undef GENREC_FORWARD_INSTANCE
+#undef GENREC_BACKWARD_INSTANCE
 
 namespace {
 
@@ -30,18 +31,24 @@ int32_t fail(const char* what, cudaError_t error) {
 }
 
 const ForwardInstance kForward[] = {
-#define GENREC_INSTANCE(dtype, dim, mask) forward_##dtype##_##dim##_##mask(),
-#include "instances.inc"
-#undef GENREC_INSTANCE
+#define GENREC_FORWARD_INSTANCE(dtype, dim, mask, bias) forward_##dtype##_##dim##_##mask##_##bias(),
+#include "forward.inc"
+#undef GENREC_FORWARD_INSTANCE
 };
 
 const BackwardInstance kBackward[] = {
-#define GENREC_INSTANCE(dtype, dim, mask) backward_##dtype##_##dim##_##mask(),
-#include "instances.inc"
-#undef GENREC_INSTANCE
+#define GENREC_BACKWARD_INSTANCE(dtype, dim, mask, bias) backward_##dtype##_##dim##_##mask##_##bias(),
+#include "backward.inc"
+#undef GENREC_BACKWARD_INSTANCE
 };
 
 const char* dtype_name(int32_t dtype) { return dtype == 0 ? "bf16" : dtype == 1 ? "fp16" : "unknown dtype"; }
+
+const char* bias_name(Bias bias) {
+  return bias == Bias::kNone ? "none" : bias == Bias::kRelative ? "relative" : "dense";
+}
+
+Bias bias_kind(const genrec_attention_problem& p) { return static_cast<Bias>(p.bias.kind); }
 
 bool is_causal(const genrec_attention_problem& p) {
   return p.contexts == nullptr && p.targets == nullptr && p.window < 0 && p.causal != 0;
@@ -49,17 +56,31 @@ bool is_causal(const genrec_attention_problem& p) {
 
 // The smallest instance that holds the dims. The general mask covers the causal one.
 template <class Instance, size_t kCount>
-const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p) {
+const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p, Bias bias) {
   const int dim = p.qk_dim > p.v_dim ? p.qk_dim : p.v_dim;
   const Instance* best = nullptr;
   for (const Instance& one : table) {
     if (std::strcmp(one.dtype, dtype_name(p.dtype)) != 0 || one.dim < dim || (one.causal && !is_causal(p))) continue;
+    if (one.bias != bias) continue;
     if (best == nullptr || one.dim < best->dim || (one.dim == best->dim && one.causal)) best = &one;
   }
   return best;
 }
 
-int32_t check_problem(const genrec_attention_problem* p) {
+int32_t check_bias(const genrec_attention_bias& bias) {
+  if (bias.kind < 0 || bias.kind > 2) return fail("bias.kind must be 0, 1 or 2, got " + std::to_string(bias.kind));
+  if (bias.kind != 1) return 0;
+  if (bias.position != nullptr && bias.max_positions < 1)
+    return fail("max_positions must be at least 1, got " + std::to_string(bias.max_positions));
+  if (bias.time != nullptr && bias.buckets < 1)
+    return fail("buckets must be at least 1, got " + std::to_string(bias.buckets));
+  if (bias.time != nullptr && (bias.key_times == nullptr || (bias.buckets > 1 && bias.edges == nullptr)))
+    return fail("a time table needs edges and key_times");
+  return 0;
+}
+
+// Pointers of tensors aren't looked at: of the bias only what is given.
+int32_t check_problem(const genrec_attention_problem* p, bool backward) {
   if (p == nullptr) return fail("no problem given");
   if (p->heads < 1) return fail("heads must be at least 1, got " + std::to_string(p->heads));
   for (int32_t dim : {p->qk_dim, p->v_dim}) {
@@ -72,16 +93,21 @@ int32_t check_problem(const genrec_attention_problem* p) {
     if (rows < 0 || rows >= int64_t{1} << 31)
       return fail("rows must be fewer than 2^31, got " + std::to_string(rows));
   }
-  if (find(kForward, *p) == nullptr || find(kBackward, *p) == nullptr) {
-    return fail(std::string("no kernel is built for ") + dtype_name(p->dtype) + ", qk_dim " +
-                std::to_string(p->qk_dim) + ", v_dim " + std::to_string(p->v_dim));
+  if (check_bias(p->bias) != 0) return -1;
+  const Bias bias = bias_kind(*p);
+  // The tiles of a plan are those of the kernels without a bias.
+  if (find(kForward, *p, Bias::kNone) == nullptr || find(kBackward, *p, Bias::kNone) == nullptr ||
+      find(kForward, *p, bias) == nullptr || (backward && find(kBackward, *p, bias) == nullptr)) {
+    return fail(std::string("no ") + (backward ? "backward " : "") + "kernel is built for " + dtype_name(p->dtype) +
+                ", qk_dim " + std::to_string(p->qk_dim) + ", v_dim " + std::to_string(p->v_dim) + ", bias " +
+                bias_name(bias));
   }
   return 0;
 }
 
 PlanShape plan_shape(const genrec_attention_problem& p) {
-  const ForwardInstance& forward = *find(kForward, p);
-  const BackwardInstance& backward = *find(kBackward, p);
+  const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
+  const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
   PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.queries}, {0, 0, 0}};
   for (int which = 0; which < kPlanLists; ++which) {
     const int64_t rows = which == kBackwardKeys ? p.key_rows : p.query_rows;
@@ -150,6 +176,12 @@ Common common(const genrec_attention_problem& p, int* counter) {
   return {{p.target_group, p.window, p.causal}, p.heads, 0.5f * p.alpha, p.scale, p.scales, counter};
 }
 
+BiasParams bias_params(const genrec_attention_bias& b) {
+  return {{b.position, b.time, b.edges, b.key_times, b.query_times, b.max_positions, b.buckets, nullptr, nullptr},
+          {b.dense, b.dense_batch_stride, b.dense_head_stride, b.dense_row_stride, b.d_dense, b.d_dense_batch_stride,
+           b.d_dense_head_stride, b.d_dense_row_stride}};
+}
+
 int32_t multiprocessors(int* count) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -167,7 +199,8 @@ int blocks_for(int64_t tiles, int heads, int most) {
 struct BackwardMemory {
   int64_t turns_at, sum_at, bytes;
 
-  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, int dim, bool deterministic) {
+  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic) {
+    const int dim = find(kBackward, p, bias_kind(p))->dim;
     const int64_t tiles = shape.capacity[kBackwardQueries] * p.heads;
     turns_at = 64;
     sum_at = turns_at + (deterministic ? (tiles * 2 * 4 + 63) / 64 * 64 : 0);
@@ -178,10 +211,12 @@ struct BackwardMemory {
 std::string list_instances() {
   std::string lines;
   for (const ForwardInstance& one : kForward) {
-    lines += std::string("forward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal\n" : " general\n");
+    lines += std::string("forward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal " : " general ") +
+             bias_name(one.bias) + "\n";
   }
   for (const BackwardInstance& one : kBackward) {
-    lines += std::string("backward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal\n" : " general\n");
+    lines += std::string("backward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal " : " general ") +
+             bias_name(one.bias) + "\n";
   }
   return lines;
 }
@@ -194,21 +229,23 @@ using namespace genrec::attention;
 
 const char* genrec_attention_error(void) { return last_error.c_str(); }
 
-int32_t genrec_attention_abi_version(void) { return 1; }
+int32_t genrec_attention_abi_version(void) { return 2; }
 
 const char* genrec_attention_instances(void) {
   static const std::string lines = list_instances();
   return lines.c_str();
 }
 
-int32_t genrec_attention_check(const genrec_attention_problem* problem, int32_t) { return check_problem(problem); }
+int32_t genrec_attention_check(const genrec_attention_problem* problem, int32_t backward) {
+  return check_problem(problem, backward != 0);
+}
 
 int64_t genrec_attention_plan_bytes(const genrec_attention_problem* problem) {
-  return check_problem(problem) != 0 ? -1 : plan_shape(*problem).bytes();
+  return check_problem(problem, false) != 0 ? -1 : plan_shape(*problem).bytes();
 }
 
 int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void* plan, void* stream) {
-  if (check_problem(problem) != 0) return -1;
+  if (check_problem(problem, false) != 0) return -1;
   const genrec_attention_problem& p = *problem;
   if (plan == nullptr || p.query_offsets == nullptr || p.key_offsets == nullptr)
     return fail("plan, query_offsets and key_offsets must be given");
@@ -219,19 +256,19 @@ int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void
 
 int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
                                          int32_t deterministic) {
-  if (check_problem(problem) != 0) return -1;
+  if (check_problem(problem, backward != 0) != 0) return -1;
   if (!backward) return 64;
-  return BackwardMemory(*problem, plan_shape(*problem), find(kBackward, *problem)->dim, deterministic != 0).bytes;
+  return BackwardMemory(*problem, plan_shape(*problem), deterministic != 0).bytes;
 }
 
 int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
                                  const genrec_attention_tensor* q, const genrec_attention_tensor* k,
                                  const genrec_attention_tensor* v, const genrec_attention_tensor* out, void* stream) {
-  if (check_problem(problem) != 0 || check_output("out", out) != 0) return -1;
+  if (check_problem(problem, false) != 0 || check_output("out", out) != 0) return -1;
   const genrec_attention_problem& p = *problem;
   if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
-  const ForwardInstance& one = *find(kForward, p);
+  const ForwardInstance& one = *find(kForward, p, bias_kind(p));
   const PlanShape shape = plan_shape(p);
   ForwardParams params{};
   int most = 0;
@@ -245,7 +282,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   params.common = common(p, static_cast<int*>(workspace));
   params.list = shape.list(plan, kForwardQueries);
   params.out = output(out, p.v_dim);
-  error = one.launch(params, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
+  error = one.launch(params, bias_params(p.bias), blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
   return error == cudaSuccess ? 0 : fail("forward_kernel", error);
 }
 
@@ -254,13 +291,13 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
                                   const genrec_attention_tensor* k, const genrec_attention_tensor* v,
                                   const genrec_attention_tensor* d_out, const genrec_attention_tensor* dq,
                                   const genrec_attention_tensor* dk, const genrec_attention_tensor* dv, void* stream) {
-  if (check_problem(problem) != 0 || check_output("dq", dq) != 0 || check_output("dk", dk) != 0 ||
+  if (check_problem(problem, true) != 0 || check_output("dq", dq) != 0 || check_output("dk", dk) != 0 ||
       check_output("dv", dv) != 0)
     return -1;
   const genrec_attention_problem& p = *problem;
   if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
-  const BackwardInstance& one = *find(kBackward, p);
+  const BackwardInstance& one = *find(kBackward, p, bias_kind(p));
   const PlanShape shape = plan_shape(p);
   BackwardParams params{};
   int most = 0;
@@ -271,7 +308,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
       multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  const BackwardMemory memory(p, shape, one.dim, deterministic != 0);
+  const BackwardMemory memory(p, shape, deterministic != 0);
   char* base = static_cast<char*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.bytes), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);

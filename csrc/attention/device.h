@@ -23,6 +23,10 @@ using EmptyBarrier = cutlass::arch::ClusterBarrier;
 // New barriers become visible to the copy engine.
 __device__ inline void fence_new_barriers() { cutlass::arch::fence_barrier_init(); }
 
+// The assembler moves no reads of memory across, so that it claims registers for a few of them at a time. All lanes of a
+// warp come here.
+__device__ inline void keep_order() { __syncwarp(); }
+
 // What this thread wrote to shared memory becomes visible to the tensor cores and the copy engine.
 __device__ inline void fence_shared_writes() { cutlass::arch::fence_view_async_shared(); }
 
@@ -42,6 +46,11 @@ __device__ inline void arrive_threads(uint32_t barrier, int threads) {
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 __device__ inline uint32_t exchange(uint32_t word, int lanes) { return __shfl_xor_sync(0xffffffffu, word, lanes); }
+__device__ inline float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
+// The bits of an integer's value in fp32, digits beyond cut off.
+__device__ inline uint32_t float_bits_below(uint32_t value) { return __float_as_uint(__uint2float_rz(value)); }
+__device__ inline uint32_t float_bits_below(uint64_t value) { return __float_as_uint(__ull2float_rz(value)); }
 
 template <int kRegisters>
 __device__ inline void give_registers() {
@@ -75,6 +84,10 @@ __device__ inline void store_matrices(char* address, uint32_t a, uint32_t b, uin
 __device__ inline void add_to_global(float* where, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(where), "f"(a), "f"(b), "f"(c), "f"(d)
                : "memory");
+}
+
+__device__ inline void add_to_global(float* where, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(where), "f"(value) : "memory");
 }
 
 __device__ inline void await_turn(const int* turn, int mine) {

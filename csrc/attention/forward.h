@@ -4,18 +4,22 @@
 // copy engine, the other warpgroups compute: each holds 64 queries' rows of S and O in registers. Within a warpgroup
 // the product S of the next key tile and the product P V of this one are in flight together; SiLU of the next runs while
 // P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside another's products.
+// With a relative bias a second warp of the first warpgroup prepares the bias of each key tile (bias.h).
 #pragma once
 
 #include "attention/barriers.h"
+#include "attention/bias.h"
 #include "attention/mma.h"
 
 namespace genrec::attention {
 
-template <class Element_, int D_, bool kCausal_>
+template <class Element_, int D_, bool kCausal_, Bias kBias_ = Bias::kNone>
 struct ForwardShape {
   using Element = Element_;
   static constexpr int D = D_;
   static constexpr bool kCausal = kCausal_;
+  static constexpr Bias kBias = kBias_;
+  static constexpr bool kRelative = kBias == Bias::kRelative;
   // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three).
   static constexpr int kConsumers = D <= 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kConsumers;
@@ -38,6 +42,9 @@ struct ForwardShape {
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
       Warpgroups{}));
 
+  using Params = cute::conditional_t<kBias == Bias::kNone, ForwardParams, BiasedParams<ForwardParams, kBias>>;
+  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kQueries, kKeys, 2>, NoBiasMemory>;
+
   struct Work {
     TileRecord tile;
     int head;
@@ -51,6 +58,7 @@ struct ForwardShape {
     Ring<kKeyStages> k_ring, v_ring;
     Ring<2> work_ring;
     Work work[2];
+    BiasMemory bias;
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
@@ -63,7 +71,7 @@ __device__ inline TileRanges forward_key_tiles(const SequenceMask<Shape::kCausal
 }
 
 template <class Shape>
-__device__ inline void forward_produce(const ForwardParams& p, typename Shape::Shared& shared) {
+__device__ inline void forward_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
   constexpr int D = Shape::D;
   Place<2> work(1);
@@ -117,11 +125,38 @@ __device__ inline void forward_produce(const ForwardParams& p, typename Shape::S
   }
 }
 
-// Scores of 64 queries and a key tile to weights, in place. `low`, `high`: what the thread's two rows see.
+// The warp that prepares the bias of key tiles.
+template <class Shape>
+__device__ inline void forward_prepare_bias(const typename Shape::Params& p, typename Shape::Shared& shared) {
+  if constexpr (Shape::kRelative) {
+    Place<2> work(0), tile_place(1);
+    for (;; work.next()) {
+      shared.work_ring.full[work.stage].wait(work.parity);
+      const TileRecord tile = shared.work[work.stage].tile;
+      release(shared.work_ring.empty[work.stage]);
+      if (tile.sequence < 0) return;
+      const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+      const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+      const BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile);
+      const int count = ranges.count();
+      CUTE_NO_UNROLL
+      for (int n = 0; n < count; ++n, tile_place.next()) {
+        shared.bias.ring.empty[tile_place.stage].wait(tile_place.parity);
+        writer.write(shared.bias.tiles[tile_place.stage], ranges.tile(n) * Shape::kKeys);
+        release(shared.bias.ring.full[tile_place.stage]);
+      }
+    }
+  }
+}
+
+// Scores of 64 queries and a key tile to weights, in place; with a bias they are its h (bias.h) already. `low`, `high`:
+// what the thread's two rows see.
 template <class Shape, class Scores>
 __device__ inline void weigh(Scores& scores, float half_alpha, bool masked, RowSight low, RowSight high, int column) {
   CUTE_UNROLL
-  for (int e = 0; e < cute::size(scores); ++e) scores(e) = silu(scores(e), half_alpha);
+  for (int e = 0; e < cute::size(scores); ++e) {
+    scores(e) = Shape::kBias == Bias::kNone ? silu(scores(e), half_alpha) : silu_of_half(scores(e));
+  }
   if (!masked) return;
   for (RowSight* sight : {&low, &high}) sight->head -= column, sight->begin -= column, sight->end -= column;
   CUTE_UNROLL
@@ -134,7 +169,7 @@ __device__ inline void weigh(Scores& scores, float half_alpha, bool masked, RowS
 }
 
 template <class Shape>
-__device__ inline void forward_consume(const ForwardParams& p, typename Shape::Shared& shared, int warpgroup) {
+__device__ inline void forward_consume(const typename Shape::Params& p, typename Shape::Shared& shared, int warpgroup) {
   using namespace cute;
   using Element = typename Shape::Element;
   constexpr int D = Shape::D;
@@ -155,6 +190,7 @@ __device__ inline void forward_consume(const ForwardParams& p, typename Shape::S
   Place<2> work(0);
   Place<Shape::kQueryStages> q(0);
   Place<Shape::kKeyStages> k(0), v(0);
+  Place<2> bias(0);
   for (;; work.next(), q.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const TileRecord tile = shared.work[work.stage].tile;
@@ -168,8 +204,25 @@ __device__ inline void forward_consume(const ForwardParams& p, typename Shape::S
     const int i1 = smaller(i0 + Shape::kQueries, tile.keys), row = i0 + 64 * warpgroup + lane.row();
     const RowSight low = mask.row(row), high = mask.row(row + 8);
     const RowBand band = mask.rows(i0, i1);
+    int64_t times[2] = {0, 0};
+    if constexpr (Shape::kRelative) {
+      const TileTimes<true> all(p.bias, tile);
+      for (int half = 0; half < 2 && p.bias.time != nullptr; ++half)
+        times[half] = all.fixed(tile.first + 64 * warpgroup + lane.row() + 8 * half);
+    }
     const auto to_weights = [&](auto& scores, int n) {
       const int j0 = ranges.tile(n) * Shape::kKeys;
+      if constexpr (Shape::kRelative) {
+        shared.bias.ring.full[bias.stage].wait(bias.parity);
+        add_relative_bias(scores, p.common.half_alpha, shared.bias.tiles[bias.stage], shared.bias.buckets,
+                          64 * warpgroup + lane.row(), lane.column(), times[0], times[1],
+                          [&](int column) { return TileTimes<true>(p.bias, tile).streamed(j0 + column); });
+        release(shared.bias.ring.empty[bias.stage]);
+        bias.next();
+      } else if constexpr (Shape::kBias == Bias::kDense) {
+        add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, head,
+                             tile.first + 64 * warpgroup + lane.row(), j0 + lane.column(), tile.queries, tile.keys);
+      }
       const bool masked = !band.all_see(j0, j0 + Shape::kKeys);
       weigh<Shape>(scores, p.common.half_alpha, masked, low, high, j0 + lane.column());
     };
@@ -224,22 +277,26 @@ __device__ inline void forward_consume(const ForwardParams& p, typename Shape::S
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ typename Shape::Params p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
+  constexpr int kReaders = Shape::kConsumers * kArrivalsPerWarpgroup;
   if (threadIdx.x == 0) {
-    shared.q_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
-    shared.k_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
-    shared.v_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
-    shared.work_ring.init(Shape::kConsumers * kArrivalsPerWarpgroup);
+    shared.q_ring.init(kReaders);
+    shared.k_ring.init(kReaders);
+    shared.v_ring.init(kReaders);
+    shared.work_ring.init(kReaders + Shape::kRelative);
+    if constexpr (Shape::kRelative) shared.bias.ring.init(kReaders);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) prefetch_map(*map);
   }
+  if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias);
   sync_block(Shape::kThreads);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) forward_produce<Shape>(p, shared);
+    if (Shape::kRelative && threadIdx.x / 32 == 1) forward_prepare_bias<Shape>(p, shared);
   } else {
     take_registers<Shape::kConsumerRegisters>();
     forward_consume<Shape>(p, shared, warpgroup - 1);

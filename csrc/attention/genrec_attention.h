@@ -13,6 +13,26 @@ typedef struct {
   int64_t row_stride, head_stride;
 } genrec_attention_tensor;
 
+// What is added to alpha <q, k>. Relative: position[j - i + max_positions - 1] + time[bucket(t'_i - t_j)], i and j key
+// rows; a distance lies in bucket b where edges[b - 1] <= |distance| < edges[b]. Dense: an fp32 matrix for each sequence.
+typedef struct {
+  int32_t kind;                  // 0 none, 1 relative, 2 dense
+  int32_t max_positions;         // no less than the longest key sequence
+  int32_t buckets;
+  const float* position;         // (2 max_positions - 1,), or null
+  const float* time;             // (buckets,), or null
+  const int64_t* edges;          // (buckets - 1,), rising
+  const int64_t* key_times;      // (key_rows,)
+  const int64_t* query_times;    // (query_rows,), or null: the next key row's time, the last one's own
+  const float* dense;            // (sequences, heads or 1, queries, keys), keys contiguous; strides in elements
+  int64_t dense_batch_stride, dense_head_stride, dense_row_stride;  // head stride 0: shared by the heads
+  // Gradients that the backward pass writes; null where none is wanted. d_dense must be zero before.
+  float* d_position;
+  float* d_time;
+  float* d_dense;
+  int64_t d_dense_batch_stride, d_dense_head_stride, d_dense_row_stride;  // head stride 0: heads add in any order
+} genrec_attention_bias;
+
 typedef struct {
   int32_t dtype;                 // 0 bf16, 1 fp16: of all tensors
   int32_t heads, qk_dim, v_dim;  // dims: multiples of 8
@@ -27,17 +47,18 @@ typedef struct {
   const int32_t* targets;
   const float* scales;           // (sequences,), or null for `scale`
   float alpha, scale;
+  genrec_attention_bias bias;
 } genrec_attention_problem;
 
 GENREC_API const char* genrec_attention_error(void);
 GENREC_API int32_t genrec_attention_abi_version(void);
-// The kernels that this library holds, "forward bf16 128 causal" and the like, one a line.
+// The kernels that this library holds, "forward bf16 128 general relative" and the like, one a line.
 GENREC_API const char* genrec_attention_instances(void);
 
 // 0 where the library can run the problem (device pointers aren't looked at), else -1 and the reason.
 GENREC_API int32_t genrec_attention_check(const genrec_attention_problem* problem, int32_t backward);
 
-// A plan lists the batch's tiles. It depends on lengths, counts, dtype and dims only: the layers of a model share it.
+// A plan lists the batch's tiles. It depends on lengths, counts, mask, dtype and dims only: the layers of a model share it.
 GENREC_API int64_t genrec_attention_plan_bytes(const genrec_attention_problem* problem);
 GENREC_API int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void* plan, void* stream);
 

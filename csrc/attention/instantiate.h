@@ -1,4 +1,4 @@
-// The generated files hold one line each: GENREC_FORWARD(bf16, 128, causal).
+// The generated files hold one line each: GENREC_FORWARD(bf16, 128, general, relative).
 #pragma once
 
 #include <cutlass/bfloat16.h>
@@ -11,6 +11,17 @@ namespace genrec::attention {
 using bf16 = cutlass::bfloat16_t;
 using fp16 = cutlass::half_t;
 constexpr bool kMask_causal = true, kMask_general = false;
+constexpr Bias kBias_none = Bias::kNone, kBias_relative = Bias::kRelative, kBias_dense = Bias::kDense;
+
+// A kernel's parameters of those that all have and those of its bias.
+template <class Shape, class Base>
+typename Shape::Params params_of(const Base& base, const BiasParams& bias) {
+  typename Shape::Params params{};
+  static_cast<Base&>(params) = base;
+  if constexpr (Shape::kBias == Bias::kRelative) params.bias = bias.relative;
+  if constexpr (Shape::kBias == Bias::kDense) params.bias = bias.dense;
+  return params;
+}
 
 template <class Kernel, class Params>
 cudaError_t launch_kernel(Kernel kernel, const Params& params, int blocks, int threads, size_t shared,

@@ -1,4 +1,4 @@
-// GENREC_BACKWARD(dtype, dim, mask): the backward kernels of a shape and their entry in the table.
+// GENREC_BACKWARD(dtype, dim, mask, bias): the backward kernels of a shape and their entry in the table.
 #pragma once
 
 #include "attention/dq.h"
@@ -18,7 +18,7 @@ BackwardInstance backward_instance(const char* dtype) {
   using Second = BackwardShape<Element, D, kCausal, kTwice ? Part::kValues : Part::kAll>;
   // Both passes use one plan and one set of copy-engine boxes.
   static_assert(First::kKeys == Second::kKeys && First::kQueries == Second::kQueries, "passes differ in their tiles");
-  return {dtype, D, kCausal, {First::kQueries, First::kKeys, kTwice ? 2 : 1},
+  return {dtype, D, kCausal, Bias::kNone, {First::kQueries, First::kKeys, kTwice ? 2 : 1},
           [](const BackwardParams& params, int pass, int blocks, cudaStream_t stream) {
             return pass == 0 ? launch_backward<First>(params, blocks, stream)
                              : launch_backward<Second>(params, blocks, stream);
@@ -31,9 +31,9 @@ BackwardInstance backward_instance(const char* dtype) {
 
 }  // namespace genrec::attention
 
-#define GENREC_BACKWARD(dtype, dim, mask)                                                 \
+#define GENREC_BACKWARD(dtype, dim, mask, bias)                                           \
   namespace genrec::attention {                                                           \
-  BackwardInstance backward_##dtype##_##dim##_##mask() {                                  \
+  BackwardInstance backward_##dtype##_##dim##_##mask##_##bias() {                         \
     return backward_instance<dtype, dim, kMask_##mask>(#dtype);                           \
   }                                                                                       \
   }

@@ -14,18 +14,26 @@ struct BackwardBlocks {
   int queries, keys, passes;
 };
 
+// What of it counts depends on the instance's bias.
+struct BiasParams {
+  RelativeBias relative;
+  DenseBias dense;
+};
+
 struct ForwardInstance {
   const char* dtype;
   int dim;
   bool causal;
+  Bias bias;
   ForwardBlocks blocks;
-  cudaError_t (*launch)(const ForwardParams&, int blocks, cudaStream_t);
+  cudaError_t (*launch)(const ForwardParams&, const BiasParams&, int blocks, cudaStream_t);
 };
 
 struct BackwardInstance {
   const char* dtype;
   int dim;
   bool causal;
+  Bias bias;
   BackwardBlocks blocks;
   // `pass` counts from 0; each needs a counter of its own.
   cudaError_t (*launch)(const BackwardParams&, int pass, int blocks, cudaStream_t);

@@ -41,21 +41,25 @@ __device__ inline void convert(From const& from, To& to) {
   *reinterpret_cast<cutlass::Array<Element, kSize>*>(&to(0)) = converter(source);
 }
 
-// SiLU(x) = x sigmoid(x) = h + h tanh(h), h = x / 2; half_alpha brings the 1/2 along. One special-function operation.
-__device__ inline float silu(float score, float half_alpha) {
-  const float h = score * half_alpha;
-  return fmaf(h, fast_tanh(h), h);
-}
+// SiLU(x) = x sigmoid(x) = h + h tanh(h), h = x / 2. One special-function operation.
+__device__ inline float silu_of_half(float h) { return fmaf(h, fast_tanh(h), h); }
+
+// half_alpha brings the 1/2 along.
+__device__ inline float silu(float score, float half_alpha) { return silu_of_half(score * half_alpha); }
 
 struct SiluAndDerivative {
   float value, derivative;
 };
 
 // sigma = (1 + tanh h) / 2, SiLU = x sigma, SiLU' = sigma + SiLU (1 - sigma).
-__device__ inline SiluAndDerivative silu_and_derivative(float score, float half_alpha) {
-  const float h = score * half_alpha, t = fast_tanh(h);
+__device__ inline SiluAndDerivative silu_and_derivative_of_half(float h) {
+  const float t = fast_tanh(h);
   const float value = fmaf(h, t, h), sigma = fmaf(0.5f, t, 0.5f);
   return {value, fmaf(-value, sigma, sigma + value)};
+}
+
+__device__ inline SiluAndDerivative silu_and_derivative(float score, float half_alpha) {
+  return silu_and_derivative_of_half(score * half_alpha);
 }
 
 // 4 x 4 words transposed over the 4 lanes of a quad: lane q's word j becomes lane j's word q.

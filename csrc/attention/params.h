@@ -30,6 +30,45 @@ struct Common {
   int* counter;         // zero before the launch; units of work taken
 };
 
+// What is added to alpha <q, k>: nothing, a sum of two table entries (see genrec.attention.RelativeBias), or a matrix.
+enum class Bias : int { kNone = 0, kRelative = 1, kDense = 2 };
+
+struct RelativeBias {
+  const float* position;  // (2 max_positions - 1,), or null
+  const float* time;      // (buckets,), or null
+  const int64_t* edges;   // (buckets - 1,): first distance of each bucket but the first
+  const int64_t* key_times;
+  const int64_t* query_times;  // or null: the next key's time, the last key's own
+  int max_positions, buckets;
+  // Sums of the gradients, zero before: for each block and each of its warps that sum, a table. Null: not wanted.
+  float* position_sums;
+  float* time_sums;
+};
+
+struct DenseBias {
+  const float* data;
+  int64_t batch_stride, head_stride, row_stride;  // a head stride of 0: shared by the heads
+  float* gradient;  // zero before; null: not wanted
+  int64_t gradient_batch_stride, gradient_head_stride, gradient_row_stride;
+};
+
+template <Bias kBias>
+struct BiasOf {};
+template <>
+struct BiasOf<Bias::kRelative> {
+  using Params = RelativeBias;
+};
+template <>
+struct BiasOf<Bias::kDense> {
+  using Params = DenseBias;
+};
+
+// A kernel's parameters with those of its bias behind them.
+template <class Base, Bias kBias>
+struct BiasedParams : Base {
+  typename BiasOf<kBias>::Params bias;
+};
+
 struct ForwardParams {
   CUtensorMap q, k, v;
   Common common;

@@ -9,13 +9,25 @@ from typing import Any
 
 from genrec._native import NativeLibraryError, load_library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class Matrix(ctypes.Structure):
     """genrec_attention_tensor."""
 
     _fields_ = [("data", c_void_p), ("row_stride", c_int64), ("head_stride", c_int64)]
+
+
+class Bias(ctypes.Structure):
+    """genrec_attention_bias."""
+
+    _fields_ = [
+        *[(name, c_int32) for name in ("kind", "max_positions", "buckets")],
+        *[(name, c_void_p) for name in ("position", "time", "edges", "key_times", "query_times", "dense")],
+        *[(f"dense_{name}_stride", c_int64) for name in ("batch", "head", "row")],
+        *[(name, c_void_p) for name in ("d_position", "d_time", "d_dense")],
+        *[(f"d_dense_{name}_stride", c_int64) for name in ("batch", "head", "row")],
+    ]
 
 
 class Problem(ctypes.Structure):
@@ -27,6 +39,7 @@ class Problem(ctypes.Structure):
         *[(name, c_int64) for name in ("query_rows", "key_rows")],
         *[(name, c_void_p) for name in ("query_offsets", "key_offsets", "contexts", "targets", "scales")],
         *[(name, c_float) for name in ("alpha", "scale")],
+        ("bias", Bias),
     ]
 
 

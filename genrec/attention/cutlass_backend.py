@@ -1,13 +1,14 @@
 """The `cutlass` backend: CUTLASS kernels for Hopper (csrc/attention), fp16 and bf16, forward and backward.
 
-Not in this build: any bias, dropout, dense masks, dims that aren't multiples of 8; `supports` says so. "auto" takes the
-backend for what has been run on a GPU: bf16, dims above 32. The rest serves calls that name it.
+Not in this build: dropout, dense masks, dims that aren't multiples of 8; `supports` says so. "auto" takes the backend
+for what has been run on a GPU: bf16, dims above 32, no bias. The rest serves calls that name it.
 """
 
 from __future__ import annotations
 
 from ctypes import byref
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from genrec._native import NativeLibraryError
 from genrec.attention import _cutlass_binding as binding
-from genrec.attention.spec import AttentionMask, AttentionSpec, RelativeBias
+from genrec.attention.spec import AttentionMask, AttentionSpec, RelativeBias, time_bucket_edges
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+_BIASES = {"none": 0, "relative": 1, "dense": 2}
 _CAPABILITY = (9, 0)
 
 
@@ -47,8 +49,6 @@ class CutlassBackend:
             return f"runs on Hopper GPUs (compute capability 9.0) only, not on {got}"
         if spec.dtype not in _DTYPES:
             return f"dtype must be bfloat16 or float16, not {spec.dtype}"
-        if spec.bias != "none":
-            return f"has no kernels with a {spec.bias} bias yet"
         if spec.dense_mask:
             return "takes an AttentionMask, not a dense mask"
         if spec.dropout > 0.0:
@@ -57,10 +57,14 @@ class CutlassBackend:
                                   v_dim=spec.v_dim, target_group=1, window=-1, causal=1)  # fmt: skip
         if not _is_plain_causal(spec):
             problem.causal = 0
+        problem.bias.kind = _BIASES[spec.bias]
         return binding.why_not(problem, spec.needs_grad)
 
     def not_in_auto(self, spec: AttentionSpec) -> str | None:
         """Kernels that no GPU has run yet."""
+        if spec.bias != "none":
+            reason = "compile and run in the host emulator, not yet run on a GPU; name it to use them"
+            return f"its kernels with a {spec.bias} bias {reason}"
         if spec.dtype != torch.bfloat16:
             return f"its kernels for {spec.dtype} have not been run on a GPU yet; name it to use them"
         if max(spec.qk_dim, spec.v_dim) <= 32:
@@ -89,8 +93,8 @@ class CutlassBackend:
         batch = self._batch(q, k, v, q_offsets, kv_offsets, mask)
         scales = scale.float() if isinstance(scale, Tensor) else None
         factor = 1.0 if isinstance(scale, Tensor) else float(scale)
-        return cutlass_attention(q, k, v, batch.plan, *batch.tensors, scales, *batch.words, float(alpha), factor,
-                                 deterministic)  # fmt: skip
+        return cutlass_attention(q, k, v, batch.plan, *batch.tensors, scales, *_bias_tensors(bias), *batch.words,
+                                 float(alpha), factor, deterministic)  # fmt: skip
 
     def _batch(
         self, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, mask: AttentionMask
@@ -127,6 +131,14 @@ class _Batch:
     plan: Tensor
 
 
+def _bias_tensors(bias: Tensor | RelativeBias | None) -> tuple[Tensor | None, ...]:
+    """Position table, time table, timestamps, query timestamps, dense bias; what is added in fp32."""
+    if not isinstance(bias, RelativeBias):
+        return (None, None, None, None, None if bias is None else bias.float())
+    position, time = (None if table is None else table.float() for table in (bias.position_weight, bias.time_weight))
+    return (position, time, bias.timestamps, bias.query_timestamps, None)
+
+
 def _is_plain_causal(spec: AttentionSpec) -> bool:
     return spec.causal and not spec.contexts and not spec.targets and spec.window is None
 
@@ -144,6 +156,7 @@ def _problem(
     causal: bool,
     *,
     scales: Tensor | None = None,
+    bias: binding.Bias | None = None,
     alpha: float = 1.0,
     scale: float = 1.0,
 ) -> binding.Problem:
@@ -153,7 +166,48 @@ def _problem(
         query_rows=q.shape[0], key_rows=k.shape[0],
         query_offsets=q_offsets.data_ptr(), key_offsets=kv_offsets.data_ptr(),
         contexts=_pointer(contexts), targets=_pointer(targets), scales=_pointer(scales), alpha=alpha, scale=scale,
+        bias=bias or binding.Bias(),
     )  # fmt: skip
+
+
+class _Bias:
+    """A bias as the kernels read it: contiguous tensors, kept while they are queued, and pointers to them."""
+
+    def __init__(
+        self,
+        position: Tensor | None,
+        time: Tensor | None,
+        timestamps: Tensor | None,
+        query_timestamps: Tensor | None,
+        dense: Tensor | None,
+    ) -> None:
+        tables = (position, time, timestamps, query_timestamps)
+        self.position, self.time, self.times, self.asked = (None if t is None else t.contiguous() for t in tables)
+        self.edges = None if time is None else _edges(time.numel(), time.device)
+        self.dense = dense if dense is None or dense.stride(3) == 1 else dense.contiguous()
+        kind = "dense" if dense is not None else "none" if position is None and time is None else "relative"
+        self.words = binding.Bias(
+            kind=_BIASES[kind], max_positions=0 if position is None else (position.numel() + 1) // 2,
+            buckets=0 if time is None else time.numel(), position=_pointer(self.position), time=_pointer(self.time),
+            edges=_pointer(self.edges), key_times=_pointer(self.times), query_times=_pointer(self.asked),
+            dense=_pointer(self.dense),
+        )  # fmt: skip
+        if self.dense is not None:
+            self.words.dense_batch_stride, head, self.words.dense_row_stride, _ = self.dense.stride()
+            self.words.dense_head_stride = head if self.dense.shape[1] > 1 else 0
+
+    def give_gradients(self, position: Tensor, time: Tensor, dense: Tensor) -> None:
+        """Where the backward pass writes; a tensor without elements: not wanted."""
+        words = self.words
+        words.d_position, words.d_time, words.d_dense = (x.data_ptr() or None for x in (position, time, dense))
+        if dense.numel() > 0:
+            words.d_dense_batch_stride, head, words.d_dense_row_stride, _ = dense.stride()
+            words.d_dense_head_stride = head if dense.shape[1] > 1 else 0
+
+
+@lru_cache(maxsize=16)
+def _edges(buckets: int, device: torch.device) -> Tensor:
+    return time_bucket_edges(buckets, device)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -215,6 +269,11 @@ def cutlass_attention(
     contexts: Tensor | None,
     targets: Tensor | None,
     scales: Tensor | None,
+    position: Tensor | None,
+    time: Tensor | None,
+    timestamps: Tensor | None,
+    query_timestamps: Tensor | None,
+    dense: Tensor | None,
     group: int,
     window: int,
     causal: bool,
@@ -222,13 +281,14 @@ def cutlass_attention(
     scale: float,
     deterministic: bool,
 ) -> Tensor:
-    """(T, H, Dv): the forward pass; offsets and counts int32, scales (B,) fp32 in the place of `scale`."""
+    """(T, H, Dv): the forward pass; offsets and counts int32, scales (B,) fp32 in the place of `scale`, biases fp32."""
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     if out.numel() == 0 or k.shape[0] == 0:
         return out.zero_()
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    bias = _Bias(position, time, timestamps, query_timestamps, dense)
     problem = _problem(q, k, v, q_offsets, kv_offsets, contexts, targets, group, window, causal,
-                       scales=scales, alpha=alpha, scale=scale)  # fmt: skip
+                       scales=scales, bias=bias.words, alpha=alpha, scale=scale)  # fmt: skip
     workspace = _bytes(binding.call("workspace_bytes", byref(problem), 0, 0), q)
     with torch.cuda.device(q.device):
         binding.call("forward", byref(problem), plan.data_ptr(), workspace.data_ptr(), byref(_matrix(q)),
@@ -253,41 +313,72 @@ def cutlass_attention_backward(
     contexts: Tensor | None,
     targets: Tensor | None,
     scales: Tensor | None,
+    position: Tensor | None,
+    time: Tensor | None,
+    timestamps: Tensor | None,
+    query_timestamps: Tensor | None,
+    dense: Tensor | None,
     group: int,
     window: int,
     causal: bool,
     alpha: float,
     scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous."""
+    needed: list[bool],
+) -> list[Tensor]:
+    """Gradients of q, k and v, contiguous; then of position table, time table and dense bias, fp32, where `needed`
+    (three booleans), else without elements."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if q.shape[0] == 0 or k.shape[0] == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+    empty = q.shape[0] == 0 or k.shape[0] == 0
+    gradients = [
+        torch.zeros(x.shape if want and x is not None else 0, dtype=torch.float32, device=q.device)
+        for x, want in zip((position, time, dense), needed, strict=True)
+    ]
+    if empty:
+        return [dq.zero_(), dk.zero_(), dv.zero_(), *gradients]
+    shared = dense is not None and needed[2] and dense.shape[1] < q.shape[1]
+    if shared and deterministic and dense is not None:  # each head its own, added up in their order
+        gradients[2] = gradients[2].new_zeros(dense.shape[0], q.shape[1], *dense.shape[2:])
     q, k, v, d_out = _aligned(q), _aligned(k), _aligned(v), _aligned(d_out)
+    bias = _Bias(position, time, timestamps, query_timestamps, dense)
+    bias.give_gradients(*gradients)
     problem = _problem(q, k, v, q_offsets, kv_offsets, contexts, targets, group, window, causal,
-                       scales=scales, alpha=alpha, scale=scale)  # fmt: skip
+                       scales=scales, bias=bias.words, alpha=alpha, scale=scale)  # fmt: skip
     ordered = int(deterministic)
     workspace = _bytes(binding.call("workspace_bytes", byref(problem), 1, ordered), q)
     with torch.cuda.device(q.device):
         binding.call("backward", byref(problem), plan.data_ptr(), workspace.data_ptr(), ordered,
                      *[byref(_matrix(x)) for x in (q, k, v, d_out, dq, dk, dv)], _stream(q))  # fmt: skip
-    return dq, dk, dv
+    if shared and deterministic:
+        gradients[2] = gradients[2].sum(1, keepdim=True)
+    return [dq, dk, dv, *gradients]
 
 
 @cutlass_attention_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    position, time, dense, needed = rest[6], rest[7], rest[10], rest[-1]
+    tables = [
+        torch.empty(x.shape if want and x is not None else 0, dtype=torch.float32, device=q.device)
+        for x, want in zip((position, time, dense), needed, strict=True)
+    ]
+    return [*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), *tables]
+
+
+_TENSORS = 14
+"""Of the op's arguments: q, k, v, plan, offsets, counts, scales, the bias's five."""
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.words = inputs[9:]
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.words = inputs[_TENSORS:]
 
 
 def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = cutlass_attention_backward(d_out, *ctx.saved_tensors, *ctx.words)
-    return (*gradients, *[None] * 12)
+    wanted = ctx.needs_input_grad
+    needed = [wanted[9], wanted[10], wanted[13]]
+    dq, dk, dv, *tables = cutlass_attention_backward(d_out, *ctx.saved_tensors, *ctx.words, needed)
+    position, time, dense = (x if want else None for x, want in zip(tables, needed, strict=True))
+    return (dq, dk, dv, *[None] * 6, position, time, None, None, dense, *[None] * 6)
 
 
 cutlass_attention.register_autograd(_differentiate, setup_context=_keep)

@@ -243,6 +243,7 @@ using EmptyBarrier = emulator::Barrier;
 inline void fence_new_barriers() {}
 inline void fence_shared_writes() {}
 inline void fence_global() {}
+inline void keep_order() {}
 inline void prefetch_map(const CUtensorMap&) {}
 template <int kRegisters>
 void give_registers() {}
@@ -265,6 +266,25 @@ inline uint32_t exchange(uint32_t word, int lanes) {
   const uint32_t got = words[threadIdx.x % 32 ^ lanes];
   sync_warp();
   return got;
+}
+
+inline float from_lane(float value, int lane) {
+  auto& words = emulator::block().words[threadIdx.x / 32];
+  std::memcpy(&words[threadIdx.x % 32], &value, 4);
+  sync_warp();
+  float got;
+  std::memcpy(&got, &words[lane], 4);
+  sync_warp();
+  return got;
+}
+
+template <class Unsigned>
+uint32_t float_bits_below(Unsigned value) {
+  float nearest = static_cast<float>(value);
+  if (static_cast<long double>(nearest) > static_cast<long double>(value)) nearest = std::nextafter(nearest, 0.f);
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, 4);
+  return bits;
 }
 
 // The copy engine's swizzle: 16-byte units of a line of 128 bytes, by the line's number.
@@ -303,6 +323,8 @@ inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, ui
 inline void add_to_global(float* where, float a, float b, float c, float d) {
   where[0] += a, where[1] += b, where[2] += c, where[3] += d;
 }
+
+inline void add_to_global(float* where, float value) { *where += value; }
 
 inline void await_turn(const int* turn, int mine) {
   emulator::wait_until([=] { return *turn == mine; });

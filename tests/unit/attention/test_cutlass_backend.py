@@ -13,6 +13,7 @@ from genrec._native import NativeLibraryError
 from genrec.attention import AttentionMask, AttentionSpec, _cutlass_binding, cutlass_backend, hstu_attention
 from genrec.attention.cutlass_backend import CutlassBackend
 from genrec.attention.registry import UnsupportedAttentionError
+from genrec.attention.spec import time_bucket_edges
 
 SPEC = AttentionSpec("cuda", torch.bfloat16, 4, 128, 128, capability=(9, 0))
 
@@ -31,8 +32,6 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> CutlassBackend:
         ({"capability": (8, 0)}, r"not on cuda of capability \(8, 0\)"),
         ({"capability": (10, 0)}, "Hopper"),
         ({"dtype": torch.float32}, "bfloat16 or float16"),
-        ({"bias": "relative"}, "no kernels with a relative bias yet"),
-        ({"bias": "dense"}, "no kernels with a dense bias yet"),
         ({"dense_mask": True}, "not a dense mask"),
         ({"dropout": 0.1}, "no attention dropout"),
     ],
@@ -45,7 +44,8 @@ def test_refuses_with_a_reason(backend: CutlassBackend, changes: dict[str, Any],
 @pytest.mark.parametrize(
     "changes",
     [{}, {"dtype": torch.float16}, {"contexts": True, "targets": True, "target_group_size": 2, "window": 7},
-     {"causal": False}, {"cached_keys": True}, {"tensor_scale": True}, {"needs_grad": True, "deterministic": True}],
+     {"causal": False}, {"cached_keys": True}, {"tensor_scale": True}, {"needs_grad": True, "deterministic": True},
+     {"bias": "relative"}, {"bias": "dense"}],
 )  # fmt: skip
 def test_serves(backend: CutlassBackend, changes: dict[str, Any]) -> None:
     assert backend.supports(replace(SPEC, **changes)) is None
@@ -55,13 +55,13 @@ def test_the_library_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def why_not(problem: _cutlass_binding.Problem, backward: bool) -> str:
-        asked.append((problem.dtype, problem.qk_dim, problem.v_dim, problem.causal, backward))
+        asked.append((problem.dtype, problem.qk_dim, problem.v_dim, problem.causal, problem.bias.kind, backward))
         return "not built"
 
     monkeypatch.setattr(_cutlass_binding, "why_not", why_not)
     assert CutlassBackend().supports(replace(SPEC, v_dim=64, needs_grad=True)) == "not built"
-    CutlassBackend().supports(replace(SPEC, window=3))
-    assert asked == [(0, 128, 64, 1, True), (0, 128, 128, 0, False)]
+    CutlassBackend().supports(replace(SPEC, window=3, bias="relative"))
+    assert asked == [(0, 128, 64, 1, 0, True), (0, 128, 128, 0, 1, False)]
 
 
 def test_without_library_the_reason_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +85,8 @@ def test_auto_takes_what_a_gpu_has_run() -> None:
     assert backend.not_in_auto(SPEC) is None
     assert backend.not_in_auto(replace(SPEC, qk_dim=64, v_dim=64, targets=True, needs_grad=True)) is None
     assert "float16" in (backend.not_in_auto(replace(SPEC, dtype=torch.float16)) or "")
+    assert "relative bias" in (backend.not_in_auto(replace(SPEC, bias="relative")) or "")
+    assert "dense bias" in (backend.not_in_auto(replace(SPEC, bias="dense")) or "")
     assert "dims up to 32" in (backend.not_in_auto(replace(SPEC, qk_dim=16, v_dim=32)) or "")
 
 
@@ -94,11 +96,34 @@ def test_fake_ops_give_shapes_and_dtypes() -> None:
         v = torch.empty(20, 4, 32, dtype=torch.float16, device="cuda")
         starts = torch.empty(3, dtype=torch.int32, device="cuda")
         plan = torch.empty(100, dtype=torch.uint8, device="cuda")
-        rest = (plan, starts, starts, None, None, None, 1, -1, True, 1.0, 1.0, False)
+        position, time = torch.empty(39, device="cuda"), torch.empty(129, device="cuda")
+        times = torch.empty(20, dtype=torch.int64, device="cuda")
+        dense = torch.empty(2, 1, 9, 20, device="cuda")
+        biases = (position, time, times, None, dense)
+        rest = (plan, starts, starts, None, None, None, *biases, 1, -1, True, 1.0, 1.0, False)
         out = cutlass_backend.cutlass_attention(q, k, v, *rest)
-        gradients = cutlass_backend.cutlass_attention_backward(out, q, k, v, *rest)
+        gradients = cutlass_backend.cutlass_attention_backward(out, q, k, v, *rest, [True, False, True])
     assert (out.shape, out.dtype, out.device.type) == ((9, 4, 32), torch.float16, "cuda")
-    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape, position.shape, (0,), dense.shape]
+    assert {g.dtype for g in gradients[3:]} == {torch.float32}
+
+
+def test_a_bias_is_described_as_the_kernels_read_it() -> None:
+    position, time, times = torch.zeros(9), torch.zeros(12), torch.arange(7)
+    bias = cutlass_backend._Bias(position, time, times, None, None)
+    words = bias.words
+    assert (words.kind, words.max_positions, words.buckets) == (1, 5, 12)
+    assert (words.position, words.time, words.key_times) == (position.data_ptr(), time.data_ptr(), times.data_ptr())
+    assert words.query_times is None
+    assert bias.edges is not None
+    assert bias.edges.tolist() == time_bucket_edges(12).tolist()
+    bias.give_gradients(torch.zeros(9), torch.zeros(0), torch.zeros(0))
+    assert words.d_position is not None
+    assert words.d_time is None
+    dense = torch.zeros(2, 3, 5, 8).transpose(0, 1)[:, :1, :, :7]
+    words = cutlass_backend._Bias(None, None, None, None, dense).words
+    assert (words.kind, words.dense_batch_stride, words.dense_head_stride, words.dense_row_stride) == (2, 40, 0, 8)
+    assert cutlass_backend._Bias(None, None, None, None, None).words.kind == 0
 
 
 def test_a_view_that_the_copy_engine_cannot_read_is_copied() -> None:

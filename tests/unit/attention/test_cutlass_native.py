@@ -70,16 +70,17 @@ def _cuda_includes() -> list[Path] | None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.skipif(_cutlass_include() is None, reason="needs CUTLASS's headers: pip install nvidia-cutlass")
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
-def test_kernels_run_on_the_host(tmp_path: Path, dim: int) -> None:
-    """Thread for thread, with the GPU's own instructions emulated: barriers, tiles, masks, sums, layouts."""
+@pytest.mark.parametrize("name", ["emulated_test", "emulated_bias_test"])
+def test_kernels_run_on_the_host(tmp_path: Path, name: str, dim: int) -> None:
+    """Thread for thread, with the GPU's own instructions emulated: barriers, tiles, masks, biases, sums, layouts."""
     includes = _cuda_includes()
     if includes is None:
         pytest.skip("needs the CUDA toolkit's headers (nvcc in PATH)")
-    program = tmp_path / "emulated_test"
+    program = tmp_path / name
     subprocess.run(
         ["g++", "-std=c++17", "-O1", "-w", "-fpermissive", "-DGENREC_EMULATED", f"-DGENREC_DIM={dim}",
          *[f"-I{path}" for path in (SOURCES, _cutlass_include(), *includes)],
-         str(SOURCES / "attention/tests/emulated_test.cpp"), "-o", str(program)],
+         str(SOURCES / "attention/tests" / f"{name}.cpp"), "-o", str(program)],
         check=True,
     )  # fmt: skip
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
@@ -104,7 +105,7 @@ def library() -> ctypes.CDLL:
         found = binding.library()
     except NativeLibraryError as error:
         pytest.skip(f"the kernels aren't built (`make cuda`): {str(error).splitlines()[0]}")
-    if b"forward bf16 128 general" not in found.genrec_attention_instances():
+    if b"forward bf16 128 general relative" not in found.genrec_attention_instances():
         pytest.skip("the library was built for fewer dims or dtypes than these tests ask about")
     return found
 
@@ -119,6 +120,7 @@ def test_library_lists_what_it_holds(library: ctypes.CDLL) -> None:
     lines = library.genrec_attention_instances().decode().splitlines()
     assert {line.split()[0] for line in lines} == {"forward", "backward"}
     assert all(line.split()[1] in ("bf16", "fp16") and line.split()[3] in ("causal", "general") for line in lines)
+    assert {line.split()[4] for line in lines} == {"none", "relative", "dense"}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_library_lists_what_it_holds(library: ctypes.CDLL) -> None:
     [
         ({"heads": 0}, "heads must be at least 1, got 0"),
         ({"qk_dim": 50}, "dims must be multiples of 8 .*, got 50"),
-        ({"v_dim": 512}, "no kernel is built for bf16, qk_dim 128, v_dim 512"),
+        ({"v_dim": 512}, "no kernel is built for bf16, qk_dim 128, v_dim 512, bias none"),
         ({"dtype": 7}, "no kernel is built for unknown dtype"),
         ({"target_group": 0}, "target_group must be at least 1"),
         ({"sequences": -1}, "sequences must not be negative"),

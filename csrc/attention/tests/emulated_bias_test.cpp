@@ -1,0 +1,154 @@
+// The kernels with a bias, run on the host (emulator.h) on small jagged batches, against sums in fp64: output and all
+// gradients, those of the tables and of the dense bias among them. Single tiles too, pair by pair: an error of a bucket in
+// one pair would drown in a norm.
+#include <map>
+
+#include "attention/tests/problem.h"
+
+using namespace genrec::attention;
+
+namespace {
+
+// One tile of a sequence of `keys` keys and queries: prepared by a warp, added to zeros by a warpgroup.
+template <bool kStreamsKeys>
+struct OneTile {
+  static constexpr int kFixed = 64, kStreamed = 64;
+  RelativeBias bias;
+  TileRecord record;
+  int first_streamed;
+  std::vector<float> h;  // (fixed, streamed)
+  TimeKind kind;
+
+  struct Shared {
+    BiasTile<kFixed, kStreamed> tile;
+    BucketTables buckets;
+  };
+
+  void run() {
+    auto& shared = *reinterpret_cast<Shared*>(emulator::block().shared);
+    fill_buckets<128>(shared.buckets, bias);
+    sync_block(128);
+    if (threadIdx.x < 32)
+      BiasWriter<kStreamsKeys, kFixed, kStreamed>(bias, shared.buckets, record).write(shared.tile, first_streamed);
+    sync_block(128);
+    const Lane lane;
+    const TileTimes<kStreamsKeys> times(bias, record);
+    auto scores = cute::make_tensor<float>(cute::Layout<cute::Int<kStreamed / 2>>{});
+    cute::clear(scores);
+    const int row = record.first + lane.row();
+    add_relative_bias(scores, 1.f, shared.tile, shared.buckets, lane.row(), lane.column(), times.fixed(row),
+                      times.fixed(row + 8), [&](int column) { return times.streamed(first_streamed + column); });
+    for (int e = 0; e < kStreamed / 2; ++e)
+      h[(lane.row() + element_row(e)) * kStreamed + lane.column() + element_column(e)] = scores(e);
+    kind = shared.tile.kind;
+  }
+};
+
+// All tiles of one sequence, every pair inside of it; counts the kinds of tiles.
+template <bool kStreamsKeys>
+bool check_tiles(int queries, int keys, const BiasCase& c, std::map<TimeKind, int>& kinds) {
+  BiasInput input(Case{"", {{queries, keys, 0, 0}}, {1, -1, 1}, 1, D, D, 1, false, c});
+  OneTile<kStreamsKeys> one{input.relative(), {0, 0, 0, queries, 0, keys, 0, 0}, 0, std::vector<float>(64 * 64)};
+  const int fixed_rows = kStreamsKeys ? queries : keys, streamed_rows = kStreamsKeys ? keys : queries;
+  for (one.record.first = 0; one.record.first < fixed_rows; one.record.first += 64) {
+    for (one.first_streamed = 0; one.first_streamed < streamed_rows; one.first_streamed += 64) {
+      if (!emulator::launch(1, 128, sizeof(typename OneTile<kStreamsKeys>::Shared), [&] { one.run(); })) return false;
+      ++kinds[one.kind];
+      for (int r = one.record.first; r < std::min(one.record.first + 64, fixed_rows); ++r) {
+        for (int s = one.first_streamed; s < std::min(one.first_streamed + 64, streamed_rows); ++s) {
+          const int i = kStreamsKeys ? r : s, j = kStreamsKeys ? s : r;
+          double wanted = 0;
+          input.terms({queries, keys, 0, 0}, 0, 0, 0, 0, i, j, [&](float value, double&) { wanted += value; });
+          const float got = 2 * one.h[(r - one.record.first) * 64 + s - one.first_streamed];
+          if (std::abs(got - wanted) < 1e-5 * (1 + std::abs(wanted))) continue;
+          std::printf("tile of kind %d: query %d, key %d: %g, wanted %g\n", int(one.kind), i, j, got, wanted);
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// Every edge and its neighbours, and numbers of all sizes.
+bool check_buckets() {
+  for (int buckets : {1, 2, 8, 129, 146, 300}) {
+    const std::vector<int64_t> edges = bucket_edges(buckets);
+    const std::vector<float> weights(buckets, 1.f);
+    RelativeBias bias{};
+    bias.time = weights.data(), bias.edges = edges.data(), bias.buckets = buckets;
+    auto tables = std::make_unique<BucketTables>();
+    load_buckets(*tables, bias, 0, 1);
+    index_buckets(*tables, 0, 1);
+    const auto good = [&](int64_t a, int64_t b) {
+      const __int128 size = __int128(a) - b;
+      const int wanted = plain_bucket(edges, a, b);
+      if (size > INT64_MAX || size < INT64_MIN) return true;
+      bool same = bucket_of(*tables, distance_of(a, b)) == wanted;
+      if (size > -(1 << 30) && size < (1 << 30)) same = same && near_bucket_of(*tables, int(size)) == wanted;
+      if (!same) std::printf("bucket of %ld, %d buckets\n", long(a - b), buckets);
+      return same;
+    };
+    std::vector<int64_t> distances{0, 1, INT64_MAX, INT64_MIN, INT64_MAX - 1};
+    for (int64_t edge : edges)
+      for (int64_t near : {-1, 0, 1}) distances.push_back(edge == INT64_MAX ? edge : edge + near);
+    for (int n = 0; n < 20000; ++n) {
+      distances.push_back(n);
+      distances.push_back(int64_t(std::exp2(63 * double(n) / 20001)));
+    }
+    for (int64_t d : distances)
+      if (!good(d, 0) || (d != INT64_MIN && (!good(-d, 0) || !good(0, d)))) return false;
+  }
+  return true;
+}
+
+bool check_all_tiles() {
+  std::map<TimeKind, int> kinds;
+  bool good = true;
+  for (Clock clock : {Clock::kSeconds, Clock::kTied, Clock::kYears, Clock::kAny}) {
+    for (int buckets : {1, 8, 64, 200}) {
+      for (bool asked : {false, true}) {
+        const BiasCase c{Bias::kRelative, asked, buckets, clock, asked};
+        good = good && check_tiles<true>(300, 300, c, kinds) && check_tiles<false>(300, 300, c, kinds);
+        good = good && check_tiles<true>(70, 333, c, kinds) && check_tiles<false>(70, 333, c, kinds);
+      }
+    }
+  }
+  for (const auto& [kind, count] : kinds) std::printf("tiles of kind %d: %d\n", int(kind), count);
+  return good && kinds.size() == 4;
+}
+
+template <Bias kBias>
+bool check(const Case& c) {
+  const Problem problem(c);
+  const bool ahead = forward<false, kBias>(problem);
+  std::fflush(stdout);
+  return ahead;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Lengths> plain{{330, 330, 0, 0}, {3, 3, 0, 0}, {0, 0, 0, 0}, {70, 70, 0, 0}};
+  const std::vector<Lengths> mixed{{150, 150, 3, 40}, {40, 200, 5, 9}, {0, 5, 0, 0}};
+  bool good = check_buckets();
+  if (D == 32) good = good && check_all_tiles();  // they don't depend on D
+  good &= check<Bias::kRelative>({"position and seconds", plain, {1, -1, 1}, 1, D, D, 2, false,
+                                      {Bias::kRelative, true, 129, Clock::kSeconds}});
+  good &= check<Bias::kRelative>({"ties, cached keys, contexts, targets", mixed, {2, -1, 1}, 2, D, D - 8, 2, true,
+                                  {Bias::kRelative, true, 64, Clock::kTied}});
+  good &= check<Bias::kRelative>({"years, window, query times", {{520, 520, 4, 9}, {1, 1, 0, 0}}, {1, 300, 1}, 1, D, D,
+                                  2, true, {Bias::kRelative, false, 200, Clock::kYears, true}});
+  good &= check<Bias::kRelative>({"any times, not causal", {{200, 200, 0, 0}, {40, 90, 3, 5}}, {1, -1, 0}, 1, D, D, 1,
+                                  false, {Bias::kRelative, true, 200, Clock::kAny}});
+  good &= check<Bias::kRelative>({"few buckets", plain, {1, -1, 1}, 1, D, D, 2, false,
+                                  {Bias::kRelative, false, 8, Clock::kSeconds}});
+  good &= check<Bias::kRelative>({"one bucket", mixed, {1, -1, 1}, 1, D, D, 1, false,
+                                  {Bias::kRelative, false, 1, Clock::kSeconds}});
+  good &= check<Bias::kRelative>({"position alone", mixed, {1, -1, 1}, 2, D, D, 2, false, {Bias::kRelative, true}});
+  good &= check<Bias::kDense>({"dense", mixed, {2, -1, 1}, 2, D, D, 2, false, {Bias::kDense}});
+  good &= check<Bias::kDense>({"dense, shared by heads", mixed, {2, 20, 0}, 2, D, D, 2, true,
+                               {Bias::kDense, false, 0, Clock::kSeconds, false, true}});
+  std::printf(good ? "ok\n" : "bad\n");
+  return good ? 0 : 1;
+}

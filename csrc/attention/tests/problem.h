@@ -1,0 +1,273 @@
+// Small jagged batches for the emulated kernels: tensors, biases, and the wanted output and gradients in fp64.
+//
+// -DGENREC_DIM: the head dim of the kernels. Built with GENREC_EMULATED; needs the headers of CUTLASS and CUDA, no nvcc.
+#pragma once
+
+#include "attention/device.h"
+
+#include <cutlass/bfloat16.h>
+
+#include "attention/forward.h"
+
+namespace genrec::attention {
+
+using Element = cutlass::bfloat16_t;
+
+constexpr int D = GENREC_DIM;
+
+struct Lengths {
+  int queries, keys, contexts, targets;
+};
+
+enum class Clock { kSeconds, kTied, kYears, kAny };
+
+struct BiasCase {
+  Bias kind = Bias::kNone;
+  bool position = false;
+  int buckets = 0;  // 0: no time table
+  Clock clock = Clock::kSeconds;
+  bool query_times = false;
+  bool head_shared = false;  // of a dense bias
+};
+
+struct Case {
+  const char* name;
+  std::vector<Lengths> sequences;
+  MaskRule rule;
+  int heads, qk_dim, v_dim, blocks;
+  bool ordered;
+  BiasCase bias = {};
+};
+
+struct Matrix {
+  int rows, heads, dim;
+  std::vector<Element> data;
+
+  Matrix(int rows_, int heads_, int dim_, bool poisoned) : rows(rows_), heads(heads_), dim(dim_) {
+    std::normal_distribution<float> normal;
+    data.assign(size_t(rows) * heads * dim, Element::bitcast(0x7fc0));
+    if (!poisoned)
+      for (Element& x : data) x = Element(normal(emulator::random_numbers));
+  }
+  size_t at(int row, int head) const { return (size_t(row) * heads + head) * dim; }
+  CUtensorMap map() const { return emulator::map_of({data.data(), dim, heads, rows, int64_t(heads) * dim, dim}); }
+  Output output() { return {data.data(), int64_t(heads) * dim, dim, dim}; }
+};
+
+// |x - reference| / |reference|; infinite where anything isn't finite.
+template <class Number>
+double error(const std::vector<Number>& x, const std::vector<double>& reference) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < reference.size(); ++i) {
+    const double d = double(float(x[i])) - reference[i];
+    if (!std::isfinite(d)) return INFINITY;
+    difference += d * d, size += reference[i] * reference[i];
+  }
+  return std::sqrt(difference / std::max(size, 1e-30));
+}
+
+struct List {
+  std::vector<TileRecord> tiles;
+  int length;
+
+  List(const Batch& batch, ListKind kind, int size) {
+    auto scratch = std::make_unique<ListScratch>();
+    list_phase_count(*scratch, batch, kind, size, 0, 1);
+    length = list_phase_sum(*scratch);
+    tiles.resize(length + 1);
+    list_phase_write(*scratch, batch, kind, size, tiles.data(), 0, 1);
+  }
+  WorkList list() const { return {&length, tiles.data()}; }
+};
+
+// Bucket edges and buckets by their definition (genrec.attention.spec), distances in 128 bits.
+inline std::vector<int64_t> bucket_edges(int buckets) {
+  std::vector<int64_t> edges;
+  for (int b = 1; b < buckets; ++b) {
+    const double power = 0.301 * b;
+    edges.push_back(power < 43.668 ? int64_t(std::ceil(std::exp(power))) : INT64_MAX);
+  }
+  return edges;
+}
+
+inline int plain_bucket(const std::vector<int64_t>& edges, int64_t a, int64_t b) {
+  const __int128 apart = __int128(a) - b, size = std::min<__int128>(apart < 0 ? -apart : apart, INT64_MAX - 1);
+  int bucket = 0;
+  while (bucket < int(edges.size()) && size >= edges[bucket]) ++bucket;
+  return bucket;
+}
+
+// A batch's bias and the wanted gradients of its tables or matrix.
+struct BiasInput {
+  BiasCase c;
+  int max_positions = 0, longest = 0, longest_keys = 0, dense_heads = 0;
+  std::vector<float> position, time, dense;
+  std::vector<int64_t> edges, key_times, query_times;
+  std::vector<double> d_position, d_time, d_dense;
+
+  BiasInput(const Case& given) : c(given.bias) {
+    if (c.kind == Bias::kNone) return;
+    std::mt19937& draw = emulator::random_numbers;
+    std::normal_distribution<float> normal;
+    std::uniform_real_distribution<double> uniform;
+    const double digits[] = {5, 4, 8.5, 12};  // of the largest gap between events
+    for (const Lengths& s : given.sequences) {
+      longest = std::max(longest, s.queries), longest_keys = std::max(longest_keys, s.keys);
+      int64_t now = 1'000'000'000;
+      for (int j = 0; j < s.keys; ++j) {
+        int64_t gap = int64_t(std::pow(10, digits[int(c.clock)] * uniform(draw)));
+        if (c.clock == Clock::kTied && uniform(draw) < 0.6) gap = 0;
+        if (c.clock == Clock::kAny && uniform(draw) < 0.5) gap = -gap;
+        if (c.clock == Clock::kAny && uniform(draw) < 0.01) gap = INT64_MAX / 3;
+        now = c.clock == Clock::kAny ? gap : now + gap;
+        key_times.push_back(now);
+      }
+      for (int i = 0; i < s.queries && c.query_times; ++i)
+        query_times.push_back(key_times[key_times.size() - s.queries + i] + int64_t(1e5 * uniform(draw)));
+    }
+    const auto fill = [&](std::vector<float>& table, std::vector<double>& gradient, size_t size) {
+      table.resize(size), gradient.resize(size);
+      for (float& x : table) x = normal(draw);
+    };
+    if (c.position) max_positions = longest_keys + 5, fill(position, d_position, 2 * max_positions - 1);
+    if (c.buckets > 0) fill(time, d_time, c.buckets), edges = bucket_edges(c.buckets);
+    dense_heads = c.head_shared ? 1 : given.heads;
+    if (c.kind == Bias::kDense)
+      fill(dense, d_dense, given.sequences.size() * dense_heads * longest * longest_keys);
+  }
+
+  size_t dense_at(int b, int h, int i, int j) const {
+    return ((size_t(b) * dense_heads + (dense_heads > 1 ? h : 0)) * longest + i) * longest_keys + j;
+  }
+
+  // Calls use(value, gradient) for each term of the bias of query i and key j of a sequence.
+  template <class Use>
+  void terms(const Lengths& s, int query_start, int key_start, int b, int h, int i, int j, Use use) {
+    if (!dense.empty()) use(dense[dense_at(b, h, i, j)], d_dense[dense_at(b, h, i, j)]);
+    const int row = i + s.keys - s.queries;
+    if (!position.empty()) use(position[j - row + max_positions - 1], d_position[j - row + max_positions - 1]);
+    if (time.empty()) return;
+    const int64_t asked = c.query_times ? query_times[query_start + i] : key_times[key_start + std::min(row + 1, s.keys - 1)];
+    const int bucket = plain_bucket(edges, asked, key_times[key_start + j]);
+    use(time[bucket], d_time[bucket]);
+  }
+
+  RelativeBias relative() const {
+    RelativeBias bias{};
+    bias.position = position.empty() ? nullptr : position.data();
+    bias.time = time.empty() ? nullptr : time.data();
+    bias.edges = edges.data(), bias.key_times = key_times.data();
+    bias.query_times = c.query_times ? query_times.data() : nullptr;
+    bias.max_positions = max_positions, bias.buckets = int(time.size());
+    return bias;
+  }
+
+  DenseBias matrix() const {
+    const int64_t row = longest_keys, head = row * longest;
+    return {dense.data(), head * dense_heads, dense_heads > 1 ? head : 0, row, nullptr, 0, 0, 0};
+  }
+};
+
+// A batch, its tensors, and the wanted output and gradients.
+struct Problem {
+  Case c;
+  std::vector<int> query_offsets{0}, key_offsets{0}, contexts, targets;
+  Matrix q, k, v, d_out;
+  BiasInput bias;
+  std::vector<double> out, dq, dk, dv;
+  float alpha, scale = 0.02f;
+
+  static int total(const Case& c, int Lengths::* which) {
+    int sum = 0;
+    for (const Lengths& s : c.sequences) sum += s.*which;
+    return sum;
+  }
+
+  explicit Problem(const Case& given)
+      : c(given),
+        q(total(given, &Lengths::queries), given.heads, given.qk_dim, false),
+        k(total(given, &Lengths::keys), given.heads, given.qk_dim, false),
+        v(total(given, &Lengths::keys), given.heads, given.v_dim, false),
+        d_out(total(given, &Lengths::queries), given.heads, given.v_dim, false),
+        bias(given),
+        out(d_out.data.size()), dq(q.data.size()), dk(k.data.size()), dv(v.data.size()),
+        alpha(1.f / std::sqrt(float(given.qk_dim))) {
+    for (const Lengths& s : c.sequences) {
+      query_offsets.push_back(query_offsets.back() + s.queries);
+      key_offsets.push_back(key_offsets.back() + s.keys);
+      contexts.push_back(s.contexts);
+      targets.push_back(s.targets);
+    }
+    for (size_t b = 0; b < c.sequences.size(); ++b)
+      for (int h = 0; h < c.heads; ++h) add_sequence(int(b), h);
+  }
+
+  void add_sequence(int b, int h) {
+    const Lengths s = c.sequences[b];
+    const SequenceMask<false> mask(s.keys, s.contexts, s.targets, c.rule);
+    for (int i = 0; i < s.queries; ++i) {
+      const RowSight sight = mask.row(i + s.keys - s.queries);
+      for (int j = 0; j < s.keys; ++j) {
+        if (!sight.sees(j)) continue;
+        double added = 0;
+        const auto terms = [&](auto use) { bias.terms(s, query_offsets[b], key_offsets[b], b, h, i, j, use); };
+        terms([&](float value, double&) { added += value; });
+        const double d_score = add_pair(query_offsets[b] + i, key_offsets[b] + j, h, added);
+        terms([&](float, double& gradient) { gradient += d_score; });
+      }
+    }
+  }
+
+  // Returns the gradient of the score.
+  double add_pair(int i, int j, int h, double added) {
+    const Element *qi = &q.data[q.at(i, h)], *kj = &k.data[k.at(j, h)];
+    const Element *vj = &v.data[v.at(j, h)], *gi = &d_out.data[d_out.at(i, h)];
+    double score = 0, d_weight = 0;
+    for (int d = 0; d < c.qk_dim; ++d) score += double(float(qi[d])) * float(kj[d]);
+    for (int d = 0; d < c.v_dim; ++d) d_weight += double(float(gi[d])) * float(vj[d]);
+    score = alpha * score + added;
+    const double sigma = 1 / (1 + std::exp(-score)), weight = score * sigma * scale;
+    const double d_score = d_weight * scale * sigma * (1 + score * (1 - sigma));
+    for (int d = 0; d < c.v_dim; ++d) {
+      out[d_out.at(i, h) + d] += weight * float(vj[d]);
+      dv[v.at(j, h) + d] += weight * float(gi[d]);
+    }
+    for (int d = 0; d < c.qk_dim; ++d) {
+      dq[q.at(i, h) + d] += d_score * alpha * float(kj[d]);
+      dk[k.at(j, h) + d] += d_score * alpha * float(qi[d]);
+    }
+    return d_score;
+  }
+
+  Batch batch() const {
+    return {query_offsets.data(), key_offsets.data(), contexts.data(), targets.data(), int(c.sequences.size())};
+  }
+  Common common(int* counter) const { return {c.rule, c.heads, 0.5f * alpha, scale, nullptr, counter}; }
+
+  // The parameters of a kernel with a bias, the bias among them.
+  template <class Shape, class Base>
+  typename Shape::Params with_bias(const Base& base) const {
+    typename Shape::Params params{};
+    static_cast<Base&>(params) = base;
+    if constexpr (Shape::kBias == Bias::kRelative) params.bias = bias.relative();
+    if constexpr (Shape::kBias == Bias::kDense) params.bias = bias.matrix();
+    return params;
+  }
+};
+
+template <bool kCausal, Bias kBias>
+bool forward(const Problem& problem) {
+  using Shape = ForwardShape<Element, D, kCausal, kBias>;
+  const List list(problem.batch(), ListKind::kQueries, Shape::kQueries);
+  Matrix out(problem.q.rows, problem.c.heads, problem.c.v_dim, true);
+  int counter = 0;
+  const auto p = problem.with_bias<Shape>(ForwardParams{
+      problem.q.map(), problem.k.map(), problem.v.map(), problem.common(&counter), list.list(), out.output()});
+  const bool ran = emulator::launch(problem.c.blocks, Shape::kThreads, sizeof(typename Shape::Shared),
+                                    [&] { forward_kernel<Shape>(p); });
+  const double off = error(out.data, problem.out);
+  std::printf("%s, D = %d, forward: %s, out %.1e\n", problem.c.name, D, ran ? "ran" : "hung", off);
+  return ran && off < 0.005;
+}
+
+}  // namespace genrec::attention
