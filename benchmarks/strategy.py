@@ -1,10 +1,13 @@
-"""Samples/s of HybridParallelStrategy beside a loop of one's own with TorchRec and DDP, alternating, on gloo processes.
+"""Time of HybridParallelStrategy beside a loop of one's own with TorchRec and DDP, alternating, on gloo processes.
 
     python benchmarks/strategy.py
 
 Both train the same HSTURanking on the same batches: row-wise tables (RowWiseAdagrad), AdamW for the dense part,
 torch's DistributedDataParallel, the loss divided by the labels of all ranks. The loop does nothing else; the strategy
 runs under lightning.Trainer with logging and callbacks as they come (no logger, no checkpoints, no progress bar).
+
+"CPU" is the processor time of the first rank's process, which other processes on the machine hardly change; the time by
+the clock they do. The overhead is the median over the rounds of each round's ratio to the loop.
 """
 
 from __future__ import annotations
@@ -74,8 +77,19 @@ def make_batches(sizes: Sizes, rank: int, count: int) -> list[Any]:
     return batches
 
 
-def raw_loop(sizes: Sizes, batches: list[Any], pipelined: bool) -> float:
-    """Seconds of the batches after the warm-up, in a loop with TorchRec and DDP."""
+def now() -> tuple[float, float]:
+    """Seconds by the clock, and of this process's processor time."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """What has passed of both."""
+    clock, cpu = now()
+    return clock - start[0], cpu - start[1]
+
+
+def raw_loop(sizes: Sizes, batches: list[Any], pipelined: bool) -> tuple[float, float]:
+    """Seconds (clock, CPU) of the batches after the warm-up, in a loop with TorchRec and DDP."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -131,7 +145,7 @@ def raw_loop(sizes: Sizes, batches: list[Any], pipelined: bool) -> float:
     optimizer = model.configure_optimizers()
     model.train()
     prepared = (model.prepare_batch(batch) for batch in batches)
-    started = 0.0
+    started = now()
     if pipelined:
 
         def forward(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,21 +155,21 @@ def raw_loop(sizes: Sizes, batches: list[Any], pipelined: bool) -> float:
         pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"), custom_model_fwd=forward)
         for number in range(len(batches)):
             if number == WARM_UP:
-                started = time.perf_counter()
+                started = now()
             pipeline.progress(prepared)
-        return time.perf_counter() - started
+        return since(started)
     for number, batch in enumerate(prepared):
         if number == WARM_UP:
-            started = time.perf_counter()
+            started = now()
         loss = wrapped(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return time.perf_counter() - started
+    return since(started)
 
 
-def strategy(sizes: Sizes, batches: list[Any], pipeline: str) -> float:
-    """Seconds of the same under lightning.Trainer with the strategy."""
+def strategy(sizes: Sizes, batches: list[Any], pipeline: str) -> tuple[float, float]:
+    """Seconds (clock, CPU) of the same under lightning.Trainer with the strategy."""
     import lightning as L
     import torch.distributed as dist
     from torch.utils.data import DataLoader
@@ -164,9 +178,9 @@ def strategy(sizes: Sizes, batches: list[Any], pipeline: str) -> float:
 
     class Clock(L.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == WARM_UP - 1:
-                self.started = time.perf_counter()
-            self.stopped = time.perf_counter()
+            if batch_idx <= WARM_UP - 1:
+                self.started = now()
+            self.taken = since(self.started)
 
     clock = Clock()
     trainer = L.Trainer(
@@ -176,7 +190,7 @@ def strategy(sizes: Sizes, batches: list[Any], pipeline: str) -> float:
         use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(make_model(sizes), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    return clock.stopped - clock.started
+    return clock.taken
 
 
 VARIANTS = {
@@ -205,7 +219,7 @@ def rank_main(queue: Any, rank: int, world_size: int, port: int, sizes: Sizes) -
     )  # fmt: skip
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     batches = make_batches(sizes, rank, WARM_UP + sizes.steps)
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for turn in range(sizes.rounds + 1):
         # Which comes first changes, and the first turn is thrown away.
         for name in sorted(VARIANTS, reverse=turn % 2 == 1):
@@ -218,7 +232,7 @@ def rank_main(queue: Any, rank: int, world_size: int, port: int, sizes: Sizes) -
     dist.destroy_process_group()
 
 
-def measure(world_size: int, sizes: Sizes) -> dict[str, list[float]]:
+def measure(world_size: int, sizes: Sizes) -> dict[str, list[tuple[float, float]]]:
     """Seconds of each round by variant, as the first rank sees them."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
@@ -255,19 +269,24 @@ def main() -> None:
         f"{sizes.batch} sequences a rank, {sizes.items:,} items; {sizes.rounds} rounds of {sizes.steps} steps; "
         "1 thread a rank, gloo"
     )
-    print(f"\n{'ranks':>5}  {'variant':<32}{'samples/s':>10}  {'range':>13}  {'overhead':>9}")
+    print(f"\n{'ranks':>5}  {'variant':<32}{'ms a step':>18}{'overhead':>10}{'CPU ms a step':>22}{'overhead':>10}")
     for world_size in sizes.worlds:
         seconds = measure(world_size, sizes)
-        samples = world_size * sizes.batch * sizes.steps
         for name in VARIANTS:
-            rates = sorted(samples / taken for taken in seconds[name])
-            line = f"{world_size:>5}  {name:<32}{statistics.median(rates):>10.1f}"
-            line += f"  {rates[0]:>6.1f}-{rates[-1]:<6.1f}"
-            if name in BESIDE:
-                # Of neighbours in time: the machine's own ups and downs touch both.
-                ratios = [own / raw for own, raw in zip(seconds[name], seconds[BESIDE[name]], strict=True)]
-                line += f"  {100 * (statistics.median(ratios) - 1):>8.1f}%"
+            line = f"{world_size:>5}  {name:<32}"
+            for kind in range(2):
+                steps = sorted(1e3 * taken[kind] / sizes.steps for taken in seconds[name])
+                spread = f"{statistics.median(steps):.1f} ({steps[0]:.1f}-{steps[-1]:.1f})"
+                line += f"{spread:>{(18, 22)[kind]}}{overhead(seconds, name, kind):>10}"
             print(line, flush=True)
+
+
+def overhead(seconds: dict[str, list[tuple[float, float]]], name: str, kind: int) -> str:
+    """Beside the loop; of neighbours in time: the machine's own ups and downs touch both."""
+    if name not in BESIDE:
+        return ""
+    ratios = [own[kind] / raw[kind] for own, raw in zip(seconds[name], seconds[BESIDE[name]], strict=True)]
+    return f"{100 * (statistics.median(ratios) - 1):+.1f} %"
 
 
 if __name__ == "__main__":

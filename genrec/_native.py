@@ -27,23 +27,33 @@ def library_directories() -> list[Path]:
     return list(dict.fromkeys(named + package + installed))
 
 
-@cache
 def load_library(name: str) -> ctypes.CDLL:
     """The library `lib<name>.so`. Calls into it release the interpreter's lock.
+
+    What was missing once is not looked for again in the same places: backends ask in every call of an op.
 
     Raises:
         NativeLibraryError: No directory holds the library, or the loader refuses it.
     """
+    found = _load(name, os.environ.get(LIBRARY_PATH_VARIABLE), tuple(sys.path))
+    if isinstance(found, str):
+        raise NativeLibraryError(found)
+    return found
+
+
+@cache
+def _load(name: str, named: str | None, path: tuple[str, ...]) -> ctypes.CDLL | str:
+    """The library, or why there is none; `named` and `path` are where `library_directories` gets them from."""
     directories = library_directories()
     for directory in directories:
-        path = directory / f"lib{name}.so"
-        if path.is_file():
+        file = directory / f"lib{name}.so"
+        if file.is_file():
             try:
-                return ctypes.CDLL(str(path))
+                return ctypes.CDLL(str(file))
             except OSError as error:
-                raise NativeLibraryError(f"'{path}' doesn't load: {error}. Build it anew: {_CURE}") from error
+                return f"'{file}' doesn't load: {error}. Build it anew: {_CURE}"
     places = "\n  ".join(str(directory) for directory in directories)
-    raise NativeLibraryError(f"lib{name}.so was found in none of\n  {places}\nBuild it: {_CURE}")
+    return f"lib{name}.so was found in none of\n  {places}\nBuild it: {_CURE}"
 
 
 _CURE = (

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 import genrec
 from genrec.embedding import EmbeddingTableConfig
-from genrec.models import HSTURetrieval, LossSum, MLPRanking, Task
+from genrec.models import HSTURanking, HSTURetrieval, LossSum, MLPRanking, Task
 from tests.helpers import loader, markov_sequences, ranking_batch, retrieval_batch
 
 SMALL = {"hidden_dim": 16, "max_seqlen": 12, "dropout": 0.0, "input_dropout": 0.0}
@@ -72,6 +73,32 @@ def test_a_subclass_of_a_few_lines():
     assert {"train/loss", "train/loss/next_item", "train/loss/size"} <= set(run.callback_metrics)
     assert model.hparams.penalty == 0.01
     assert model.tables.static["dim16"].embeddings["item"].weight.shape == (25, 16)
+
+
+def test_each_loss_is_logged_where_loggers_write():
+    """Their weighted sum is the loss of the same step."""
+
+    class Seen(DummyLogger):
+        def __init__(self):
+            super().__init__()
+            self.steps = {}
+
+        def log_metrics(self, metrics, step=None):
+            self.steps[step] = metrics
+
+    seen = Seen()
+    L.seed_everything(0, verbose=False)
+    tasks = [Task("click"), Task("like", weight=0.5)]
+    model = HSTURanking(20, tasks, action_feature="action", num_actions=3, **{**SMALL, "max_seqlen": 8})
+    batches = [
+        ranking_batch([[1, 2, 3 + step], [4, 5]], [[0, 1, 0], [1, 2]], [1, 1], torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        for step in range(7)
+    ]
+    trainer(max_epochs=1, logger=seen, log_every_n_steps=3).fit(model, loader(batches))
+    assert sorted(seen.steps) == [2, 5]
+    for metrics in seen.steps.values():
+        expected = metrics["train/loss/click"] + 0.5 * metrics["train/loss/like"]
+        assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"loss": "sampled_softmax"}, {"form": "production", "item_bias": True}])
