@@ -10,16 +10,10 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
@@ -38,9 +32,10 @@ from genrec.parallel.precision import hybrid_precision
 from genrec.parallel.summary import whole_summaries
 
 Pipeline = Literal["none", "base", "sparse_dist"]
+_OPTIONS = ("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin")
 
 
-class HybridParallelStrategy(ParallelStrategy):
+class HybridParallelStrategy(DDPStrategy):
     """Trains a LightningModule with its tables sharded over all ranks and its dense layers tensor- and data-parallel.
 
     The module stays an ordinary one, which runs unchanged under `strategy="auto"`. Its tables are TorchRec collections
@@ -97,16 +92,18 @@ class HybridParallelStrategy(ParallelStrategy):
         check_planner(planner)
         if planner is not None and (sharding != "auto" or tables or memory is not None):
             raise ValueError("A planner decides alone: give no sharding, tables or memory beside it.")
-        super().__init__(**options)
+        if unknown := sorted(set(options) - set(_OPTIONS)):
+            # DDPStrategy would take any, and keep them for a wrapper that is not used here.
+            raise TypeError(f"HybridParallelStrategy has no {', '.join(unknown)}.")
+        timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, **options)
         self.tensor_parallel_size, self.sequence_parallel = tensor_parallel_size, sequence_parallel
         self.dense, self.pipeline = dense, pipeline
         self.sharding, self.tables, self.memory = sharding, dict(tables or {}), memory
         self.planner = planner
         self.async_save, self.find_unused_parameters = async_save, find_unused_parameters
-        self.timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         self.plan: TablesPlan | None = None
         self.step_pipeline: StepPipeline | None = None
-        self._num_nodes, self._backend = 1, process_group_backend
         self._prepared: L.LightningModule | None = None
         self._hook_owner: Any = None
         self._loaded: dict[str, Any] | None = None
@@ -114,31 +111,6 @@ class HybridParallelStrategy(ParallelStrategy):
             megatron.require_megatron("dense='megatron'" if dense == "megatron" else "tensor_parallel_size > 1")
 
     # Processes ------------------------------------------------------------------------------------------------------
-
-    @property
-    def is_distributed(self) -> bool:
-        """Lightning asks before it gives loaders a distributed sampler."""
-        return True
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines."""
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks of this machine."""
-        return len(self.parallel_devices or [])
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
 
     @property
     def data_parallel_rank(self) -> int:
@@ -160,31 +132,15 @@ class HybridParallelStrategy(ParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
 
-    def set_world_ranks(self) -> None:
-        """Tell the environment, and Lightning's rank-zero helpers, which rank this is."""
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-
     @override
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
         # In the constructor of the Trainer, before there is another process.
         megatron.check_sizes(self.num_nodes * self.num_processes, self.tensor_parallel_size)
-        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        super()._configure_launcher()
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        reset_seed()
-        self.set_world_ranks()
-        assert self.cluster_environment is not None
-        device = self.root_device
-        backend = self._backend or _get_default_process_group_backend_for_device(device)
-        _init_dist_connection(
-            self.cluster_environment, backend, timeout=self.timeout, device_id=device if device.type == "cuda" else None
-        )
         if megatron.is_initialized() and megatron.tensor_parallel_size() != self.tensor_parallel_size:
             megatron.destroy()
         if not megatron.is_initialized():
@@ -349,6 +305,10 @@ class HybridParallelStrategy(ParallelStrategy):
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Nothing: DDPStrategy's advice on unused parameters names strategies of its own."""
+
+    @override
     def on_train_start(self) -> None:
         if self._loaded is not None:
             # What the run draws goes on where it was saved.
@@ -422,18 +382,6 @@ class HybridParallelStrategy(ParallelStrategy):
         count = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(count)
         return bool(count == self.world_size) if all else bool(count)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized():
-            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        content = [obj]
-        if dist.is_initialized():
-            dist.broadcast_object_list(content, src)
-        return content[0]
 
     def data_parallel_counts(self, count: int) -> list[int]:
         """A number of every data-parallel rank."""

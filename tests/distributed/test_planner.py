@@ -199,6 +199,8 @@ def test_a_planner_decides_alone():
     for wrong in (3, "row_wise", EmbeddingShardingPlanner):
         with pytest.raises(ValueError, match="planner must be a ShardingPlan"):
             HybridParallelStrategy(planner=wrong)
+    with pytest.raises(TypeError, match="HybridParallelStrategy has no planer"):
+        HybridParallelStrategy(planer=both_row_wise)
 
 
 def test_a_config_names_a_planner_by_its_import_path():
