@@ -189,6 +189,22 @@ __device__ inline void add_dq(const Dq& dq, float* sum, int* turn, int rank, int
   }
 }
 
+// P^T or dS^T of 64 keys from `key` on and kQueries queries from `query` on, from registers to a (queries, kKeys)
+// matrix, queries contiguous, for the tensor cores to read.
+template <int kKeys, int kQueries, class Element, class Operand>
+__device__ inline void write_scores(const Operand& scores, Element* to, int key, int query, Lane lane) {
+  char* base = reinterpret_cast<char*>(to);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&scores(0));
+  key += 16 * lane.warp + lane.lane % 16;
+  query += lane.lane / 16 * 8;
+  CUTE_UNROLL
+  for (int g = 0; g < kQueries / 16; ++g) {  // 16 queries: two blocks of 8, each for the keys' two halves
+    store_matrices(base + score_offset<kKeys>(query + 16 * g, key), words[4 * g], words[4 * g + 1], words[4 * g + 2],
+                   words[4 * g + 3]);
+  }
+  fence_shared_writes();
+}
+
 template <class Shape>
 struct BackwardConsumer {
   using Element = typename Shape::Element;
@@ -372,7 +388,7 @@ struct BackwardConsumer {
       // One buffer: the other warpgroup's dQ of the tile before must have read it. Two buffers: its dQ of two tiles
       // ago was complete before it came to the barrier of the last tile, which this one has passed too.
       if (Shape::kScoreBuffers == 1 && buffer > 0) sync_threads(kDsRead, 256);
-      write_scores(ds, shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1]);
+      write_scores<kKeys, kQueries>(ds, shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1], 64 * warpgroup, 0, lane);
       sync_threads(kDsWritten, 256);
 
       const auto ds_tile = operand_a(dq_slice, 
@@ -395,21 +411,6 @@ struct BackwardConsumer {
     const float scale = scale_of(key_tile.tile);
     store(dk, 2.f * p.common.half_alpha * scale, p.dk, key_tile.tile, head);
     if constexpr (Shape::kGivesValues) store(dv, scale, p.dv, key_tile.tile, head);
-  }
-
-  // dS^T from registers to a (queries, keys) matrix, queries contiguous, for the tensor cores to read.
-  template <class Operand>
-  __device__ void write_scores(const Operand& ds, Element* to) const {
-    char* base = reinterpret_cast<char*>(to);
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(&ds(0));
-    const int key = 64 * warpgroup + 16 * lane.warp + lane.lane % 16;
-    CUTE_UNROLL
-    for (int g = 0; g < kScores / 8; ++g) {  // 16 queries: two blocks of 8, each for the keys' two halves
-      const int query = 16 * g + lane.lane / 16 * 8;
-      store_matrices(base + score_offset<kKeys>(query, key), words[4 * g], words[4 * g + 1], words[4 * g + 2],
-                     words[4 * g + 3]);
-    }
-    fence_shared_writes();
   }
 
   template <class Dq>

@@ -213,10 +213,11 @@ class Barrier {
     if (pending_ == 0 && bytes_ == 0) phase_ ^= 1, pending_ = count_;
   }
 
-  int count_, pending_;
-  int64_t bytes_;
-  uint32_t phase_;
+  int8_t count_, pending_;
+  uint16_t phase_;
+  int32_t bytes_;
 };
+static_assert(sizeof(Barrier) == 8, "barriers take the room that the GPU's do");
 
 inline CUtensorMap map_of(const Source& source) {
   CUtensorMap map;

@@ -1,0 +1,429 @@
+// Backward kernels whose tensor cores have products queued at all times. Not yet run on a GPU: variants (variants.h).
+//
+// The work is that of backward.h; the order differs. Within a step dQ = dS K is issued before dK += dS^T Q, and the
+// scores of the next query tile (kAhead) behind both, so that dQ is added to its sum while two products run, and
+// the scores are there when the next step starts. The next tile's K and V come while this one is in use. Weights and
+// derivatives are masked and rounded pair by pair as they are computed, not in a second sweep that holds all of them.
+#pragma once
+
+#include "attention/backward.h"
+
+namespace genrec::attention {
+
+template <class Element>
+__device__ inline uint32_t pack(float low, float high) {
+  const cutlass::Array<float, 2> pair{low, high};
+  const auto packed = cutlass::NumericArrayConverter<Element, float, 2>{}(pair);
+  return *reinterpret_cast<const uint32_t*>(&packed);
+}
+
+template <class Element>
+__device__ inline cutlass::Array<float, 2> unpack(uint32_t word) {
+  const auto& packed = *reinterpret_cast<const cutlass::Array<Element, 2>*>(&word);
+  return {static_cast<float>(packed[0]), static_cast<float>(packed[1])};
+}
+
+// What the producer tells the consumers of a step, and so saves them the registers to find out.
+struct StepRecord {
+  int64_t place;  // of the query tile among those of dQ, times heads, plus head
+  int row;        // the tile's first row, counted in the key sequence
+  int masked, rank;  // rank: key tiles that add to dQ before this one, where the order is fixed
+};
+
+struct PipelinedWork {
+  TileRecord tile;
+  int head, steps;
+};
+
+template <class Shape, class Mask>
+__device__ inline StepRecord step_record(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
+                                         const ColumnBand& band, int head, int m) {
+  constexpr int kQueries = Shape::kQueries;
+  StepRecord step;
+  step.place = (first_padded_tile(tile.query_start, tile.sequence, kQueries) + m) * p.common.heads + head;
+  step.row = m * kQueries + tile.keys - tile.queries;
+  step.masked = !band.all_seen(step.row, step.row + kQueries);
+  step.rank = 0;
+  if (p.turns != nullptr) {
+    const int end = smaller(step.row + kQueries, tile.keys);
+    step.rank = mask.key_tiles(step.row, end, Shape::kKeys).rank(tile.first / Shape::kKeys);
+  }
+  return step;
+}
+
+// SiLU's derivatives at a thread's N scores: fp32, or rounded to the kernel's dtype in half the registers, where dS gets a
+// second rounding. Never in the scores' own registers: those belong to products in flight.
+template <class Element, int N, bool kPacked>
+struct Derivatives {
+  float values[N];
+
+  __device__ void put(int e, float low, float high) { values[e] = low, values[e + 1] = high; }
+  __device__ cutlass::Array<float, 2> get(int e) const { return {values[e], values[e + 1]}; }
+};
+
+template <class Element, int N>
+struct Derivatives<Element, N, true> {
+  uint32_t values[N / 2];
+
+  __device__ void put(int e, float low, float high) { values[e / 2] = pack<Element>(low, high); }
+  __device__ cutlass::Array<float, 2> get(int e) const { return unpack<Element>(values[e / 2]); }
+};
+
+// Scores S^T become weights, rounded, the A operand of dV, and derivatives. kMasked: the thread's two keys are seen by
+// what `low` and `high` say.
+template <class Shape, bool kMasked, class Scores, class Weights, class Slopes>
+__device__ inline void weigh_pairs(const Scores& scores, Weights& weights, Slopes& derivatives, float half_alpha,
+                                   const ColumnSight& low, const ColumnSight& high) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(&weights(0));
+  CUTE_UNROLL
+  for (int e = 0; e < cute::size(scores); e += 2) {
+    SiluAndDerivative pair[2];
+    CUTE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      pair[j] = silu_and_derivative(scores(e + j), half_alpha);
+      if constexpr (kMasked) {
+        const ColumnSight& sight = element_row(e) ? high : low;
+        const int i = element_column(e + j);
+        const bool seen = Shape::kCausal ? (i >= sight.show0) & (i < sight.end) : sight.seen_by(i);
+        pair[j].value = seen ? pair[j].value : 0.f;
+        pair[j].derivative = seen ? pair[j].derivative : 0.f;
+      }
+    }
+    words[e / 2] = pack<typename Shape::Element>(pair[0].value, pair[1].value);
+    derivatives.put(e, pair[0].derivative, pair[1].derivative);
+  }
+}
+
+__device__ inline ColumnSight moved(const ColumnSight& s, int by) {
+  return {s.hide0 - by, s.show0 - by, s.hide1 - by, s.show1 - by, s.end - by};
+}
+
+// As above, for 64 of the tile's keys, of which `sights` says who sees them, and a query tile, of whose queries the
+// thread's first is `column`.
+template <class Shape, class Scores, class Weights, class Slopes>
+__device__ inline void weigh(const Scores& scores, Weights& weights, Slopes& derivatives, float half_alpha,
+                             const StepRecord& step, const ColumnSight* sights, Lane lane, int column) {
+  if (!step.masked) {
+    weigh_pairs<Shape, false>(scores, weights, derivatives, half_alpha, {}, {});
+  } else {
+    const int first = step.row + column;
+    weigh_pairs<Shape, true>(scores, weights, derivatives, half_alpha, moved(sights[lane.row()], first),
+                             moved(sights[lane.row() + 8], first));
+  }
+}
+
+// dS^T = dP^T times the derivatives, rounded: the A operand of dK.
+template <class Element, class Slopes, class Scores, class Operand>
+__device__ inline void differentiate(const Slopes& derivatives, const Scores& d_weights, Operand& ds) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(&ds(0));
+  CUTE_UNROLL
+  for (int e = 0; e < cute::size(d_weights); e += 2) {
+    const cutlass::Array<float, 2> pair = derivatives.get(e);
+    words[e / 2] = pack<Element>(d_weights(e) * pair[0], d_weights(e + 1) * pair[1]);
+  }
+}
+
+// D up to 128: 64 keys for each warpgroup, as in backward.h.
+template <class Element_, int D_, bool kCausal_, int kQueries_, bool kAhead_, bool kPacked_>
+struct PipelinedShape {
+  using Element = Element_;
+  static constexpr int D = D_, kQueries = kQueries_, kKeys = 128;
+  static constexpr bool kCausal = kCausal_, kAhead = kAhead_, kPacked = kPacked_;
+  static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 2;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+  static constexpr bool kSplitColumns = kQueries == 64;
+  static constexpr int kDqColumns = kSplitColumns ? D / 2 : D;
+
+  using Like = BackwardShape<Element, D, kCausal, Part::kAll>;
+  using K = cute::Int<kKeys>;
+  using Q = cute::Int<kQueries>;
+  using ScoreMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<K, Q, cute::Int<D>>>(),
+      typename Like::Warpgroups{}));
+  using OutMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<K, cute::Int<D>, Q>, cute::GMMA::Major::K,
+                                 cute::GMMA::Major::MN>(),
+      typename Like::Warpgroups{}));
+  using DqMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Q, cute::Int<kDqColumns>, K>,
+                                 cute::GMMA::Major::MN, cute::GMMA::Major::MN>(),
+      cute::Layout<cute::conditional_t<kSplitColumns, cute::Shape<cute::_1, cute::_2, cute::_1>,
+                                       cute::Shape<cute::_2, cute::_1, cute::_1>>>{}));
+
+  struct alignas(1024) Shared {
+    alignas(1024) Element k[kKeyStages][kKeys * D];
+    alignas(1024) Element v[kKeyStages][kKeys * D];
+    alignas(1024) Element q[kQueryStages][kQueries * D];
+    alignas(1024) Element d_out[kQueryStages][kQueries * D];
+    alignas(1024) Element ds[kQueryStages][kQueries * kKeys];
+    Ring<kKeyStages> k_ring, v_ring;
+    Ring<kQueryStages> q_ring, d_out_ring;
+    Ring<2> work_ring;
+    PipelinedWork work[2];
+    StepRecord steps[kQueryStages];
+    ColumnSight sights[kConsumers][64];
+  };
+  static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
+};
+
+// As backward_produce, and writes the step records.
+template <class Shape>
+__device__ inline void pipelined_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
+  constexpr uint32_t kKeyBytes = kTileBytes<Element, kKeys, D>, kQueryBytes = kTileBytes<Element, kQueries, D>;
+  Place<2> work(1);
+  Place<Shape::kKeyStages> keys(1);
+  Place<Shape::kQueryStages> q(1);
+  const int heads = p.common.heads, units = *p.list.length * heads;
+  for (int w = add_atomically(p.common.counter, 1);; work.next(), keys.next()) {
+    shared.work_ring.empty[work.stage].wait(work.parity);
+    if (w >= units) {
+      shared.work[work.stage].tile.sequence = -1;
+      shared.work_ring.full[work.stage].arrive();
+      return;
+    }
+    const WorkUnit unit = work_unit(w, heads);
+    const TileRecord tile = p.list.tiles[unit.tile];
+    w = add_atomically(p.common.counter, 1);
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges = mask.query_tiles(tile.first, tile.first + kKeys, kQueries, tile.queries);
+    const int count = ranges.count();
+    shared.work[work.stage] = {tile, unit.head, count};
+    shared.work_ring.full[work.stage].arrive();
+
+    const auto load_keys = [&](const CUtensorMap& map, auto& ring, auto& buffers) {
+      ring.empty[keys.stage].wait(keys.parity);
+      ring.full[keys.stage].arrive_and_expect_tx(kKeyBytes);
+      load_tile<Element, kKeys, D>(map, ring.full[keys.stage], buffers[keys.stage], tile.key_start + tile.first,
+                                   unit.head);
+    };
+    load_keys(p.k, shared.k_ring, shared.k);
+    const ColumnBand band = mask.columns(tile.first, tile.first + kKeys);
+    CUTE_NO_UNROLL
+    for (int i = 0; i < count; ++i) {
+      const int m = ranges.tile(i), row = tile.query_start + m * kQueries;
+      shared.q_ring.empty[q.stage].wait(q.parity);
+      shared.steps[q.stage] = step_record<Shape>(p, tile, mask, band, unit.head, m);
+      shared.q_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
+      load_tile<Element, kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row, unit.head);
+      if (i == 0) load_keys(p.v, shared.v_ring, shared.v);  // after the first Q: S needs K and Q only
+      shared.d_out_ring.empty[q.stage].wait(q.parity);
+      shared.d_out_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
+      load_tile<Element, kQueries, D>(p.d_out, shared.d_out_ring.full[q.stage], shared.d_out[q.stage], row, unit.head);
+      q.next();
+    }
+    // A tile that nothing sees has no V: the barrier completes without one, so that phases keep step with K's.
+    if (count == 0) {
+      shared.v_ring.empty[keys.stage].wait(keys.parity);
+      shared.v_ring.full[keys.stage].arrive();
+    }
+  }
+}
+
+// What the consumers of this file and of backward_wide.h share: the loop over units of work.
+template <class Shape, class Self>
+struct PipelinedLoop {
+  using Element = typename Shape::Element;
+  using Shared = typename Shape::Shared;
+  static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
+
+  const BackwardParams& p;
+  Shared& shared;
+  const int warpgroup;
+  const Lane lane;
+  Place<2> work{0};
+  Place<Shape::kKeyStages> keys{0};
+  Place<Shape::kQueryStages> q{0};
+
+  __device__ PipelinedLoop(const BackwardParams& params, Shared& memory, int group)
+      : p(params), shared(memory), warpgroup(group) {}
+
+  __device__ void run() {
+    for (;; work.next(), keys.next()) {
+      shared.work_ring.full[work.stage].wait(work.parity);
+      const int count = shared.work[work.stage].steps;
+      if (shared.work[work.stage].tile.sequence < 0) return;
+      write_sights(shared.work[work.stage].tile);
+      shared.k_ring.full[keys.stage].wait(keys.parity);
+      static_cast<Self*>(this)->one_tile(count);
+      release(shared.work_ring.empty[work.stage]);
+    }
+  }
+
+ private:
+  // Who sees each of this warpgroup's keys.
+  __device__ void write_sights(const TileRecord& tile) {
+    const int thread = threadIdx.x % 128;
+    if (thread < 64) {
+      const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+      shared.sights[warpgroup][thread] = mask.column(tile.first + (kKeys == 128 ? 64 * warpgroup : 0) + thread);
+    }
+    sync_threads(kTurnTaken + warpgroup, 128);
+  }
+
+ protected:
+  template <class Mma>
+  __device__ auto slice(Mma const& mma) const {
+    return mma.get_slice(cute::make_layout(cute::_2{}, cute::_128{})(warpgroup));
+  }
+
+  __device__ auto staged_queries(Element* data) const {
+    return cute::make_tensor(cute::make_smem_ptr(data), TileLayout<Element, kQueries, D, Shape::kQueryStages>{});
+  }
+
+  __device__ auto staged_queries_transposed(Element* data) const {
+    return cute::make_tensor(cute::make_smem_ptr(data),
+                             TransposedLayout<Element, kQueries, D, Shape::kQueryStages>{});
+  }
+
+  __device__ auto staged_keys(Element* data) const {
+    return cute::make_tensor(cute::make_smem_ptr(data), TileLayout<Element, kKeys, D, Shape::kKeyStages>{});
+  }
+
+  __device__ auto staged_keys_transposed(Element* data) const {
+    return cute::make_tensor(cute::make_smem_ptr(data), TransposedLayout<Element, kKeys, D, Shape::kKeyStages>{});
+  }
+
+  // As ScoreLayout, (queries, keys, stages).
+  __device__ auto staged_scores(Element* data) const {
+    using Extents = cute::Shape<cute::Int<kQueries>, cute::Int<kKeys>, cute::Int<Shape::kQueryStages>>;
+    using Atom = cute::GMMA::Layout_MN_SW128_Atom<Element>;
+    using Order = cute::Step<cute::_2, cute::_1, cute::_3>;
+    return cute::make_tensor(cute::make_smem_ptr(data), cute::tile_to_shape(Atom{}, Extents{}, Order{}));
+  }
+
+  // Adds dQ of the step's query tile to its sum.
+  template <class Dq>
+  __device__ void gather(const Dq& dq, const StepRecord& step) const {
+    const int64_t place = 2 * step.place + warpgroup;
+    add_dq(dq, p.dq_sum + place * (kQueries * D / 2), p.turns == nullptr ? nullptr : p.turns + place, step.rank,
+           warpgroup);
+  }
+
+  // dK and dV: rows of 64 keys, columns from `column` on.
+  template <class Acc>
+  __device__ void store(const Acc& dk, const Acc& dv, int column) const {
+    const auto& [tile, head, steps] = shared.work[work.stage];
+    const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
+    const int first = tile.first + (kKeys == 128 ? 64 * warpgroup : 0);
+    const int64_t row = int64_t{tile.key_start} + first;
+    store_rows<Element>(dk, 2.f * p.common.half_alpha * scale, p.dk, row, head, column, tile.keys - first);
+    store_rows<Element>(dv, scale, p.dv, row, head, column, tile.keys - first);
+  }
+};
+
+template <class Shape>
+struct PipelinedConsumer : PipelinedLoop<Shape, PipelinedConsumer<Shape>> {
+  using Base = PipelinedLoop<Shape, PipelinedConsumer<Shape>>;
+  using Base::Base, Base::p, Base::shared, Base::warpgroup, Base::lane, Base::keys, Base::q;
+  using typename Base::Element;
+  static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
+
+  __device__ void one_tile(int count) {
+    using namespace cute;
+    typename Shape::ScoreMma score_mma;
+    typename Shape::OutMma out_mma;
+    typename Shape::DqMma dq_mma;
+    const auto score_slice = this->slice(score_mma);
+    const auto out_slice = this->slice(out_mma);
+    const auto dq_slice = this->slice(dq_mma);
+    const auto k_tile = operand_a(score_slice, this->staged_keys(shared.k[0]));
+    const auto v_tile = operand_a(score_slice, this->staged_keys(shared.v[0]));
+    const auto q_tile = operand_b(score_slice, this->staged_queries(shared.q[0]));
+    const auto d_out_tile = operand_b(score_slice, this->staged_queries(shared.d_out[0]));
+    const auto q_columns = operand_b(out_slice, this->staged_queries_transposed(shared.q[0]));
+    const auto d_out_columns = operand_b(out_slice, this->staged_queries_transposed(shared.d_out[0]));
+    const auto k_columns = operand_b(dq_slice, this->staged_keys_transposed(shared.k[0]));
+    const auto ds_rows = operand_a(dq_slice, this->staged_scores(shared.ds[0]));
+
+    Tensor dk = partition_fragment_C(out_mma, Extent<kKeys, D>{});
+    Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
+    Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+    clear(dk);
+    clear(dv);
+    const auto issue_scores = [&](const Place<Shape::kQueryStages>& at) {
+      shared.q_ring.full[at.stage].wait(at.parity);
+      issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
+    };
+    // One step; kNext: of the next there is one, whose scores are issued.
+    const auto step = [&](auto has_next) {
+      constexpr bool kNext = Shape::kAhead && decltype(has_next)::value;
+      const StepRecord& record = shared.steps[q.stage];
+      Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+      if constexpr (!Shape::kAhead) issue_scores(q);
+      shared.d_out_ring.full[q.stage].wait(q.parity);
+      issue_product<true>(score_mma, v_tile(_, _, _, keys.stage), d_out_tile(_, _, _, q.stage), d_weights);
+      if constexpr (!Shape::kAhead) wait_for<1>(scores);
+
+      auto weights = make_operand<Element, kQueries>();
+      Derivatives<Element, kQueries / 2, Shape::kPacked> derivatives;
+      weigh<Shape>(scores, weights, derivatives, p.common.half_alpha, record, shared.sights[warpgroup], lane,
+                   lane.column());
+      issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
+      wait_for<1>(d_weights);
+      auto ds = make_operand<Element, kQueries>();
+      differentiate<Element>(derivatives, d_weights, ds);
+      // One buffer for each stage of Q: the other warpgroup's dQ of two tiles ago was complete before it came to the
+      // barrier of the last tile, which this one has passed too.
+      write_scores<kKeys, kQueries>(ds, shared.ds[q.stage], 64 * warpgroup, 0, lane);
+      sync_threads(kDsWritten, 256);
+
+      Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
+      issue_product<true>(dq_mma, ds_rows(_, _, _, q.stage), k_columns(_, _, _, keys.stage), dq);
+      issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
+      Place<Shape::kQueryStages> next = q;
+      next.next();
+      if constexpr (kNext) issue_scores(next);
+      wait_for<kNext + 2>(dv);
+      release(shared.d_out_ring.empty[q.stage]);
+      wait_for<kNext + 1>(dq);
+      this->gather(dq, record);
+      wait_for<kNext>(dk);
+      release(shared.q_ring.empty[q.stage]);
+      if constexpr (kNext) wait_for<0>(scores);
+      q = next;
+    };
+    if (count == 0) {
+      shared.v_ring.full[keys.stage].wait(keys.parity);
+    } else {
+      if constexpr (Shape::kAhead) issue_scores(q);
+      shared.v_ring.full[keys.stage].wait(keys.parity);
+      if constexpr (Shape::kAhead) wait_for<0>(scores);
+      CUTE_NO_UNROLL
+      for (; count > (Shape::kAhead ? 1 : 0); --count) step(true_type{});
+      if constexpr (Shape::kAhead) step(false_type{});
+    }
+    release(shared.k_ring.empty[keys.stage]);
+    release(shared.v_ring.empty[keys.stage]);
+    this->store(dk, dv, 0);
+  }
+};
+
+template <class Shape, class Consumer>
+__global__ void __launch_bounds__(Shape::kThreads, 1) pipelined_backward_kernel(const __grid_constant__ BackwardParams p) {
+  GENREC_SHARED_MEMORY(memory);
+  auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
+  if (threadIdx.x == 0) {
+    constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;
+    shared.k_ring.init(kArrivals);
+    shared.v_ring.init(kArrivals);
+    shared.q_ring.init(kArrivals);
+    shared.d_out_ring.init(kArrivals);
+    shared.work_ring.init(kArrivals);
+    fence_new_barriers();
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
+  }
+  sync_block(Shape::kThreads);
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    give_registers<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) pipelined_produce<Shape>(p, shared);
+  } else {
+    take_registers<Shape::kConsumerRegisters>();
+    Consumer(p, shared, warpgroup - 1).run();
+  }
+}
+
+}  // namespace genrec::attention

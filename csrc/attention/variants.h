@@ -1,0 +1,64 @@
+// Backward kernels beside the default ones, chosen by name (genrec_attention_problem.backward) to be compared on a GPU.
+//
+// They compile and run in the host emulator; none has run on a GPU yet. Each has the dims it is meant for; for others, and
+// for what isn't built of it, the default kernels serve. variants.inc lists the names.
+#pragma once
+
+#include "attention/backward_wide.h"
+
+namespace genrec::attention {
+
+template <class Shape>
+struct ConsumerOfShape {
+  using Type = PipelinedConsumer<Shape>;
+};
+
+template <class Element, bool kCausal, bool kAhead>
+struct ConsumerOfShape<WideShape<Element, kCausal, kAhead>> {
+  using Type = WideConsumer<WideShape<Element, kCausal, kAhead>>;
+};
+
+template <class Shape>
+using ConsumerOf = typename ConsumerOfShape<Shape>::Type;
+
+// dQ is issued before dK, so that its sums are added to while dK is computed; K and V of the next tile come early.
+struct Variant_order {
+  template <int D>
+  static constexpr bool kHas = D == 64 || D == 128;
+  template <class Element, int D, bool kCausal>
+  using Shape = PipelinedShape<Element, D, kCausal, 64, false, false>;
+};
+
+// As `order`, and the next scores are issued behind dK.
+struct Variant_ahead {
+  template <int D>
+  static constexpr bool kHas = D == 64 || D == 128;
+  template <class Element, int D, bool kCausal>
+  using Shape = PipelinedShape<Element, D, kCausal, 64, true, false>;
+};
+
+// As `ahead`, with SiLU' kept in 16 bits; at D = 64 with 128 queries a step.
+struct Variant_packed {
+  template <int D>
+  static constexpr bool kHas = D == 64 || D == 128;
+  template <class Element, int D, bool kCausal>
+  using Shape = PipelinedShape<Element, D, kCausal, D == 64 ? 128 : 64, true, true>;
+};
+
+// D = 256 in one pass.
+struct Variant_wide {
+  template <int D>
+  static constexpr bool kHas = D == 256;
+  template <class Element, int D, bool kCausal>
+  using Shape = WideShape<Element, kCausal, false>;
+};
+
+// As `wide`, and the next scores are issued behind dK.
+struct Variant_wide_ahead {
+  template <int D>
+  static constexpr bool kHas = D == 256;
+  template <class Element, int D, bool kCausal>
+  using Shape = WideShape<Element, kCausal, true>;
+};
+
+}  // namespace genrec::attention
