@@ -12,10 +12,13 @@ namespace genrec::attention {
 // The generated list of what is built.
 #define GENREC_FORWARD_INSTANCE(dtype, dim, mask, bias) ForwardInstance forward_##dtype##_##dim##_##mask##_##bias();
 #define GENREC_BACKWARD_INSTANCE(dtype, dim, mask, bias) BackwardInstance backward_##dtype##_##dim##_##mask##_##bias();
+#define GENREC_VARIANT_INSTANCE(name, dtype, dim, mask) VariantInstance variant_##name##_##dtype##_##dim##_##mask();
 #include "forward.inc"
 #include "backward.inc"
+#include "variant.inc"
 #undef GENREC_FORWARD_INSTANCE
 #undef GENREC_BACKWARD_INSTANCE
+#undef GENREC_VARIANT_INSTANCE
 
 namespace {
 
@@ -42,6 +45,20 @@ const BackwardInstance kBackward[] = {
 #undef GENREC_BACKWARD_INSTANCE
 };
 
+// The last one is no kernel: the table must not be empty where no variants are built.
+const VariantInstance kVariants[] = {
+#define GENREC_VARIANT_INSTANCE(name, dtype, dim, mask) variant_##name##_##dtype##_##dim##_##mask(),
+#include "variant.inc"
+#undef GENREC_VARIANT_INSTANCE
+    {"", {"", 0, false, Bias::kNone, {0, 0, 0}, nullptr, nullptr}}};
+
+const char* const kVariantNames[] = {
+#define GENREC_VARIANT(name) #name,
+#include "attention/variants.inc"
+#undef GENREC_VARIANT
+};
+constexpr int kVariantCount = sizeof(kVariantNames) / sizeof(kVariantNames[0]);
+
 const char* dtype_name(int32_t dtype) { return dtype == 0 ? "bf16" : dtype == 1 ? "fp16" : "unknown dtype"; }
 
 const char* bias_name(Bias bias) {
@@ -67,6 +84,32 @@ const Instance* find(const Instance (&table)[kCount], const genrec_attention_pro
   return best;
 }
 
+// The asked-for variant of the backward kernel `plain`, or null where there is none for its dims, dtype or mask.
+const BackwardInstance* find_variant(const genrec_attention_problem& p, const BackwardInstance& plain) {
+  if (p.backward_variant == 0) return nullptr;
+  const BackwardInstance* best = nullptr;
+  for (const VariantInstance& one : kVariants) {
+    const BackwardInstance& kernel = one.kernel;
+    if (std::strcmp(one.name, kVariantNames[p.backward_variant - 1]) != 0) continue;
+    if (kernel.dim != plain.dim || std::strcmp(kernel.dtype, plain.dtype) != 0) continue;
+    if ((best == nullptr || kernel.causal) && (!kernel.causal || is_causal(p))) best = &kernel;
+  }
+  return best;
+}
+
+// The backward kernel that serves the problem, and its lists in the plan.
+struct Backward {
+  const BackwardInstance& kernel;
+  int keys, queries;
+};
+
+Backward find_backward(const genrec_attention_problem& p) {
+  const BackwardInstance& plain = *find(kBackward, p, bias_kind(p));
+  const BackwardInstance* variant = plain.bias == Bias::kNone ? find_variant(p, plain) : nullptr;
+  if (variant != nullptr) return {*variant, kVariantKeys, kVariantQueries};
+  return {plain, kBackwardKeys, kBackwardQueries};
+}
+
 int32_t check_bias(const genrec_attention_bias& bias) {
   if (bias.kind < 0 || bias.kind > 2) return fail("bias.kind must be 0, 1 or 2, got " + std::to_string(bias.kind));
   if (bias.kind != 1) return 0;
@@ -88,6 +131,9 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
       return fail("dims must be multiples of 8 (the copy engine moves 16 bytes), got " + std::to_string(dim));
   }
   if (p->sequences < 0) return fail("sequences must not be negative, got " + std::to_string(p->sequences));
+  if (p->backward_variant < 0 || p->backward_variant > kVariantCount)
+    return fail("backward_variant must be from 0 to " + std::to_string(kVariantCount) + ", got " +
+                std::to_string(p->backward_variant));
   if (p->target_group < 1) return fail("target_group must be at least 1, got " + std::to_string(p->target_group));
   for (int64_t rows : {p->query_rows, p->key_rows}) {
     if (rows < 0 || rows >= int64_t{1} << 31)
@@ -108,9 +154,14 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.queries}, {0, 0, 0}};
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.queries, 0, 0}, {0, 0, 0, 0, 0}};
+  if (const BackwardInstance* variant = find_variant(p, backward)) {
+    shape.size[kVariantKeys] = variant->blocks.keys;
+    shape.size[kVariantQueries] = variant->blocks.queries;
+  }
   for (int which = 0; which < kPlanLists; ++which) {
-    const int64_t rows = which == kBackwardKeys ? p.key_rows : p.query_rows;
+    if (shape.size[which] == 0) continue;
+    const int64_t rows = which == kBackwardKeys || which == kVariantKeys ? p.key_rows : p.query_rows;
     shape.capacity[which] = list_capacity(rows, p.sequences, shape.size[which]);
   }
   return shape;
@@ -200,11 +251,11 @@ struct BackwardMemory {
   int64_t turns_at, sum_at, bytes;
 
   BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic) {
-    const int dim = find(kBackward, p, bias_kind(p))->dim;
-    const int64_t tiles = shape.capacity[kBackwardQueries] * p.heads;
+    const Backward one = find_backward(p);
+    const int64_t tiles = shape.capacity[one.queries] * p.heads;
     turns_at = 64;
     sum_at = turns_at + (deterministic ? (tiles * 2 * 4 + 63) / 64 * 64 : 0);
-    bytes = sum_at + tiles * shape.size[kBackwardQueries] * dim * 4;
+    bytes = sum_at + tiles * shape.size[one.queries] * one.kernel.dim * 4;
   }
 };
 
@@ -218,6 +269,11 @@ std::string list_instances() {
     lines += std::string("backward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal " : " general ") +
              bias_name(one.bias) + "\n";
   }
+  for (const VariantInstance& one : kVariants) {
+    if (one.kernel.dim == 0) continue;
+    lines += std::string("variant ") + one.kernel.dtype + " " + std::to_string(one.kernel.dim) +
+             (one.kernel.causal ? " causal " : " general ") + one.name + "\n";
+  }
   return lines;
 }
 
@@ -229,10 +285,19 @@ using namespace genrec::attention;
 
 const char* genrec_attention_error(void) { return last_error.c_str(); }
 
-int32_t genrec_attention_abi_version(void) { return 2; }
+int32_t genrec_attention_abi_version(void) { return 3; }
 
 const char* genrec_attention_instances(void) {
   static const std::string lines = list_instances();
+  return lines.c_str();
+}
+
+const char* genrec_attention_backward_variants(void) {
+  static const std::string lines = [] {
+    std::string all;
+    for (const char* name : kVariantNames) all += std::string(name) + "\n";
+    return all;
+  }();
   return lines.c_str();
 }
 
@@ -297,7 +362,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   const genrec_attention_problem& p = *problem;
   if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
-  const BackwardInstance& one = *find(kBackward, p, bias_kind(p));
+  const auto [one, key_list, query_list] = find_backward(p);
   const PlanShape shape = plan_shape(p);
   BackwardParams params{};
   int most = 0;
@@ -312,18 +377,18 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   char* base = static_cast<char*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.bytes), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
-  params.list = shape.list(plan, kBackwardKeys);
+  params.list = shape.list(plan, key_list);
   params.dk = output(dk, p.qk_dim);
   params.dv = output(dv, p.v_dim);
   params.dq_sum = reinterpret_cast<float*>(base + memory.sum_at);
   params.turns = deterministic ? reinterpret_cast<int*>(base + memory.turns_at) : nullptr;
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
-    error = one.launch(params, pass, blocks_for(shape.capacity[kBackwardKeys], p.heads, most), on);
+    error = one.launch(params, pass, blocks_for(shape.capacity[key_list], p.heads, most), on);
     if (error != cudaSuccess) return fail("backward_kernel", error);
   }
-  const ConvertParams convert{common(p, nullptr), shape.list(plan, kBackwardQueries), params.dq_sum,
+  const ConvertParams convert{common(p, nullptr), shape.list(plan, query_list), params.dq_sum,
                               output(dq, p.qk_dim)};
-  error = one.convert(convert, blocks_for(shape.capacity[kBackwardQueries], p.heads, 16 * most), on);
+  error = one.convert(convert, blocks_for(shape.capacity[query_list], p.heads, 16 * most), on);
   return error == cudaSuccess ? 0 : fail("convert_dq_kernel", error);
 }

@@ -1,8 +1,8 @@
 // Backward kernels whose tensor cores have products queued at all times. Not yet run on a GPU: variants (variants.h).
 //
-// The work is that of backward.h; the order differs. Within a step dQ = dS K is issued before dK += dS^T Q, and the
-// scores of the next query tile (kAhead) behind both, so that dQ is added to its sum while two products run, and
-// the scores are there when the next step starts. The next tile's K and V come while this one is in use. Weights and
+// The work is that of backward.h; the order differs. Within a step dQ = dS K is issued before dK += dS^T Q, so that it is
+// added to its sum while dK is computed, and then (kAhead) the scores of the next query tile, which are there when the
+// next step starts. The next tile's K and V come while this one is in use. Weights and
 // derivatives are masked and rounded pair by pair as they are computed, not in a second sweep that holds all of them.
 #pragma once
 
@@ -375,11 +375,11 @@ struct PipelinedConsumer : PipelinedLoop<Shape, PipelinedConsumer<Shape>> {
       issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
       Place<Shape::kQueryStages> next = q;
       next.next();
-      if constexpr (kNext) issue_scores(next);
-      wait_for<kNext + 2>(dv);
+      wait_for<2>(dv);
       release(shared.d_out_ring.empty[q.stage]);
-      wait_for<kNext + 1>(dq);
+      wait_for<1>(dq);
       this->gather(dq, record);
+      if constexpr (kNext) issue_scores(next);  // into dQ's registers; there are no others
       wait_for<kNext>(dk);
       release(shared.q_ring.empty[q.stage]);
       if constexpr (kNext) wait_for<0>(scores);

@@ -132,9 +132,9 @@ struct WideConsumer : PipelinedLoop<Shape, WideConsumer<Shape>> {
                            q_columns(_, _, make_coord(_, other), q.stage), dk);
       Place<Shape::kQueryStages> next = q;
       next.next();
-      if constexpr (kNext) issue_scores(next);
-      wait_for<kNext + 3>(dq);
+      wait_for<3>(dq);
       this->gather(dq, record);
+      if constexpr (kNext) issue_scores(next);
       wait_for<kNext + 2>(dv);
       release(shared.d_out_ring.empty[q.stage]);
       wait_for<kNext>(dk);

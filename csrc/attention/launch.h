@@ -40,4 +40,9 @@ struct BackwardInstance {
   cudaError_t (*convert)(const ConvertParams&, int blocks, cudaStream_t);
 };
 
+struct VariantInstance {
+  const char* name;
+  BackwardInstance kernel;
+};
+
 }  // namespace genrec::attention

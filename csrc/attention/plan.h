@@ -5,16 +5,26 @@
 
 namespace genrec::attention {
 
-enum PlanList : int { kForwardQueries = 0, kBackwardKeys = 1, kBackwardQueries = 2, kPlanLists = 3 };
+// The variant's lists are empty where no variant of the backward pass is asked for.
+enum PlanList : int {
+  kForwardQueries = 0,
+  kBackwardKeys = 1,
+  kBackwardQueries = 2,
+  kVariantKeys = 3,
+  kVariantQueries = 4,
+  kPlanLists = 5
+};
 
 constexpr int64_t kPlanHeaderBytes = 64;
 
 struct PlanShape {
-  int size[kPlanLists];          // rows of a tile
+  int size[kPlanLists];          // rows of a tile; 0: no list
   int64_t capacity[kPlanLists];  // tiles that a list has room for
 
   int64_t bytes() const {
-    return kPlanHeaderBytes + (capacity[0] + capacity[1] + capacity[2]) * static_cast<int64_t>(sizeof(TileRecord));
+    int64_t tiles = 0;
+    for (int64_t list : capacity) tiles += list;
+    return kPlanHeaderBytes + tiles * static_cast<int64_t>(sizeof(TileRecord));
   }
 
   // Where list `which` of the plan at `plan` lies.
