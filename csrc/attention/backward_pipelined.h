@@ -123,6 +123,10 @@ __device__ inline void differentiate(const Slopes& derivatives, const Scores& d_
   }
 }
 
+// A block of three warpgroups starts with 168 registers a thread; setmaxnreg only moves them between warpgroups, and waits
+// for ever for what isn't there.
+constexpr bool fits_registers(int producer, int consumer) { return producer + 2 * consumer <= 3 * 168; }
+
 // D up to 128: 64 keys for each warpgroup, as in backward.h.
 template <class Element_, int D_, bool kCausal_, int kQueries_, bool kAhead_, bool kPacked_>
 struct PipelinedShape {
@@ -131,7 +135,7 @@ struct PipelinedShape {
   static constexpr bool kCausal = kCausal_, kAhead = kAhead_, kPacked = kPacked_;
   static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? D / 2 : D;
 
@@ -165,6 +169,7 @@ struct PipelinedShape {
     ColumnSight sights[kConsumers][64];
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
+  static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
 };
 
 // As backward_produce, and writes the step records.
@@ -205,9 +210,10 @@ __device__ inline void pipelined_produce(const BackwardParams& p, typename Shape
     for (int i = 0; i < count; ++i) {
       const int m = ranges.tile(i), row = tile.query_start + m * kQueries;
       shared.q_ring.empty[q.stage].wait(q.parity);
-      shared.steps[q.stage] = step_record<Shape>(p, tile, mask, band, unit.head, m);
       shared.q_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
       load_tile<Element, kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row, unit.head);
+      shared.steps[q.stage] = step_record<Shape>(p, tile, mask, band, unit.head, m);  // while Q is under way
+      shared.q_ring.full[q.stage].arrive();
       if (i == 0) load_keys(p.v, shared.v_ring, shared.v);  // after the first Q: S needs K and Q only
       shared.d_out_ring.empty[q.stage].wait(q.parity);
       shared.d_out_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
@@ -409,7 +415,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) pipelined_backward_kernel(
     constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;
     shared.k_ring.init(kArrivals);
     shared.v_ring.init(kArrivals);
-    shared.q_ring.init(kArrivals);
+    shared.q_ring.init(kArrivals, 2);  // Q and the step's record
     shared.d_out_ring.init(kArrivals);
     shared.work_ring.init(kArrivals);
     fence_new_barriers();

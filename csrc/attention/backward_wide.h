@@ -24,7 +24,7 @@ struct WideShape {
   static constexpr bool kCausal = kCausal_, kAhead = kAhead_;
   static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 1;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr bool kSplitColumns = true;
   static constexpr int kDqColumns = D / 2, kOwnQueries = kQueries / 2;
 
@@ -56,6 +56,7 @@ struct WideShape {
     ColumnSight sights[kConsumers][64];
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
+  static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
 };
 
 template <class Shape>

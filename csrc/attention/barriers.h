@@ -15,9 +15,9 @@ struct Ring {
   FullBarrier full[kStages];
   EmptyBarrier empty[kStages];
 
-  __device__ void init(int consumers) {
+  __device__ void init(int consumers, int producers = 1) {
     for (int s = 0; s < kStages; ++s) {
-      full[s].init(1);
+      full[s].init(producers);
       empty[s].init(consumers);
     }
   }

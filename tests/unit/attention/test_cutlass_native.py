@@ -69,8 +69,11 @@ def _cuda_includes() -> list[Path] | None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.skipif(_cutlass_include() is None, reason="needs CUTLASS's headers: pip install nvidia-cutlass")
-@pytest.mark.parametrize("dim", [32, 64, 128, 256])
-@pytest.mark.parametrize("name", ["emulated_test", "emulated_bias_test"])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [*[(name, dim) for name in ("emulated_test", "emulated_bias_test") for dim in (32, 64, 128, 256)],
+     *[("emulated_variants_test", dim) for dim in (64, 128, 256)]],
+)  # fmt: skip
 def test_kernels_run_on_the_host(tmp_path: Path, name: str, dim: int) -> None:
     """Thread for thread, with the GPU's own instructions emulated: barriers, tiles, masks, biases, sums, layouts."""
     includes = _cuda_includes()
@@ -118,6 +121,9 @@ def _problem(**changes: int | float) -> binding.Problem:
 
 def test_library_lists_what_it_holds(library: ctypes.CDLL) -> None:
     lines = library.genrec_attention_instances().decode().splitlines()
+    variants = [line.split() for line in lines if line.startswith("variant ")]
+    assert {words[4] for words in variants} <= set(binding.backward_variants())
+    lines = [line for line in lines if not line.startswith("variant ")]
     assert {line.split()[0] for line in lines} == {"forward", "backward"}
     assert all(line.split()[1] in ("bf16", "fp16") and line.split()[3] in ("causal", "general") for line in lines)
     assert {line.split()[4] for line in lines} == {"none", "relative", "dense"}
@@ -131,6 +137,7 @@ def test_library_lists_what_it_holds(library: ctypes.CDLL) -> None:
         ({"v_dim": 512}, "no kernel is built for bf16, qk_dim 128, v_dim 512, bias none"),
         ({"dtype": 7}, "no kernel is built for unknown dtype"),
         ({"target_group": 0}, "target_group must be at least 1"),
+        ({"backward_variant": 99}, "backward_variant must be from 0 to .*, got 99"),
         ({"sequences": -1}, "sequences must not be negative"),
         ({"query_rows": 2**31}, "rows must be fewer than 2\\^31, got 2147483648"),
     ],
@@ -164,3 +171,16 @@ def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
     assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 64
     assert plain < ordered < plain + 4096
     assert binding.call("plan_bytes", problem) % 32 == 0
+
+
+@pytest.mark.parametrize(("name", "dim"), [("wide", 256), ("packed", 64)])
+def test_variants_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes.CDLL, name: str, dim: int) -> None:
+    number = binding.backward_variants().index(name) + 1
+    if f"variant bf16 {dim} general {name}" not in library.genrec_attention_instances().decode():
+        pytest.skip("the library was built without this variant")
+    plain, chosen = _problem(qk_dim=dim, v_dim=dim), _problem(qk_dim=dim, v_dim=dim, backward_variant=number)
+    assert binding.call("plan_bytes", ctypes.byref(chosen)) > binding.call("plan_bytes", ctypes.byref(plain))
+    # Dims and dtypes that the variant isn't built for are left to the default kernels.
+    for changes in ({"qk_dim": 128, "v_dim": 128}, {"qk_dim": dim, "v_dim": dim, "dtype": 1}):
+        sizes = {binding.call("plan_bytes", ctypes.byref(_problem(**changes, backward_variant=n))) for n in (0, number)}
+        assert len(sizes) == 1
