@@ -3,9 +3,10 @@
     python benchmarks/attention_compile.py                       # the default configurations of the main cases
     python benchmarks/attention_compile.py --kind backward --dim 128 --bias both --config 64,128,8,2
 
-For each kernel: registers of a thread, bytes spilled to memory, shared memory of a block, how many asynchronous
-products of matrices (wgmma) and loads by descriptor (TMA) its code holds, and the seconds that compiling took. Spills
-or a missing wgmma are the usual causes of a slow kernel. Triton's own ptxas assembles; cuobjdump reads the result.
+For each kernel: registers of a thread, bytes of them spilled to memory, how many times the main loop stores or loads a
+spilled register, shared memory of a block, how many asynchronous products of matrices (wgmma) and loads by descriptor
+(TMA) its code holds, and the seconds that compiling took. Spills in the main loop or a missing wgmma are the usual
+causes of a slow kernel. Triton's own ptxas assembles; cuobjdump reads the result.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from genrec.attention.triton import launch
+from genrec.attention.triton import launch, launch_backward
 from genrec.attention.triton.configs import Config, Kind, Shape, candidates
 
-KINDS: tuple[Kind, ...] = ("forward", "backward", "backward_rows")
+KINDS: tuple[Kind, ...] = ("forward", "backward", "backward_rows", "backward_tables")
 BIASES = ("none", "both", "position", "time", "dense")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -102,19 +104,23 @@ def compile_kernel(kind: Kind, call: launch.Call, config: Config) -> Any:
     def keep(kernel: Any, call: launch.Call, config: Config, programs: int, arguments: dict[str, Any]) -> None:
         found.append(kernel.warmup(**arguments, grid=(1,)))
 
-    real, launch._start = launch._start, keep
+    real = launch.start
+    launch.start = launch_backward.start = keep
     try:
         out = _meta(*call.q.shape, dtype=call.q.dtype)
-        gradients = launch.Gradients(call, [True, True, True])
+        gradients = launch_backward.Gradients(call, [True, True, True])
+        gradients.begin(config.passes)
         if kind == "forward":
             launch.launch_forward(call, out, config)
         elif kind == "backward":
-            launch._launch_backward(call, out, gradients, config)
-        else:
+            launch_backward.launch_keys(call, out, gradients, config)
+        elif kind == "backward_rows":
             gradients.dq = out
-            launch._launch_rows(call, out, gradients, config)
+            launch_backward.launch_rows(call, out, gradients, config)
+        else:
+            launch_backward.launch_tables(call, out, gradients, config)
     finally:
-        launch._start = real
+        launch.start = launch_backward.start = real
     return found[0]
 
 
@@ -132,8 +138,29 @@ def facts(kernel: Any) -> dict[str, int]:
         "shared": kernel.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor|cp\.reduce\.async\.bulk\.tensor", ptx)),
-        "reads": len(re.findall(r"\bLDL", sass)),
+        "in_loop": spills_in_loop(sass),
     }
+
+
+def spills_in_loop(sass: str) -> int:
+    """Spilled registers that the loop over blocks seen whole stores or loads, all its branches together.
+
+    It is the first loop with products of matrices in it. Bytes spilled say little: most lie in the second loop, over
+    the few blocks that the mask cuts, or before both.
+    """
+    code = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(\w+)[\w.]*(.*?);", sass)
+    products = [int(at, 16) for at, word, _ in code if word in ("HGMMA", "HMMA")]
+    loops = []
+    for at, word, rest in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest) if word == "BRA" else None
+        if target and int(target[1], 16) < int(at, 16):
+            span = int(target[1], 16), int(at, 16)
+            loops += [span] if any(span[0] <= product <= span[1] for product in products) else []
+    if not loops:
+        return 0
+    low, high = min(span for span in loops if not any(a >= span[0] and b <= span[1] and (a, b) != span
+                                                       for a, b in loops))  # fmt: skip
+    return sum(word in ("LDL", "STL") and low <= int(at, 16) <= high for at, word, _ in code)
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[Kind, int, str, Config]]:
@@ -144,9 +171,12 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[Kind, int, str, Config]
                 call = make_call(options, dim, bias)
                 if options.config is not None:
                     rows, keys, warps, stages, *rest = (int(x) for x in options.config.split(","))
-                    yield kind, dim, bias, Config(rows, keys, warps, stages, *[bool(x) for x in rest])
+                    tma = bool(rest[0]) if rest else True
+                    yield kind, dim, bias, Config(rows, keys, warps, stages, tma, options.passes or "one")
                 else:
                     found = candidates(kind, call.shape)
+                    if options.passes:
+                        found = list(dict.fromkeys(replace(config, passes=options.passes) for config in found))
                     yield from ((kind, dim, bias, config) for config in (found if options.all else found[:1]))
 
 
@@ -159,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     p.add_argument("--config", help="rows,keys,warps,stages[,tma]; default: the heuristic's")
     p.add_argument("--all", action="store_true", help="every configuration of the tuner's list")
+    p.add_argument("--passes", choices=["one", "tables", "rows"], help="form of the backward pass, not the list's")
     p.add_argument("--contexts", action="store_true")
     p.add_argument("--targets", action="store_true")
     p.add_argument("--deterministic", action="store_true")
@@ -169,12 +200,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("TRITON_INTERPRET is set: there is no compiling under the interpreter.")
     triton.runtime.driver.set_active(_Hopper())
     print(f"triton {triton.__version__}, sm_90, {options.dtype}")
-    print("kind           dim bias     rows keys warps stages tma | registers spilled shared wgmma tma  s", flush=True)
+    print("kind             dim bias     rows keys warps stages tma passes | "
+          "registers spilled in loop shared wgmma tma  s", flush=True)  # fmt: skip
     poor = False
     for kind, dim, bias, config in cases(options):
         begin = time.perf_counter()
-        head = (f"{kind:<13} {dim:>4} {bias:<8} {config.rows:>4} {config.keys:>4} {config.warps:>5} {config.stages:>6} "
-                f"{'yes' if config.tma else 'no':>3} |")  # fmt: skip
+        head = (f"{kind:<15} {dim:>4} {bias:<8} {config.rows:>4} {config.keys:>4} {config.warps:>5} {config.stages:>6} "
+                f"{'yes' if config.tma else 'no':>3} {config.passes:>6} |")  # fmt: skip
         try:
             kernel = compile_kernel(kind, make_call(options, dim, bias), config)
         except Exception as error:
@@ -184,13 +216,13 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = time.perf_counter() - begin
         found = facts(kernel)
         poor |= found["spilled"] > 0 or (options.dtype != "fp32" and found["wgmma"] == 0)
-        print(head, f"{found['registers']:>9} {found['spilled']:>7} {found['shared']:>6} {found['wgmma']:>5} "
-              f"{found['tma']:>3} {seconds:>4.1f}", flush=True)  # fmt: skip
+        print(head, f"{found['registers']:>9} {found['spilled']:>7} {found['in_loop']:>7} {found['shared']:>6} "
+              f"{found['wgmma']:>5} {found['tma']:>3} {seconds:>4.1f}", flush=True)  # fmt: skip
         if options.save:
             options.save.mkdir(parents=True, exist_ok=True)
+            blocks = f"{config.rows}x{config.keys}-{config.warps}-{config.stages}-{config.passes}"
             for part in ("ttgir", "ptx"):
-                name = f"{kind}-{dim}-{bias}-{config.rows}x{config.keys}-{config.warps}-{config.stages}.{part}"
-                (options.save / name).write_text(kernel.asm[part])
+                (options.save / f"{kind}-{dim}-{bias}-{blocks}.{part}").write_text(kernel.asm[part])
     return int(poor)
 
 

@@ -89,6 +89,7 @@ class BackendRegistry:
             name: partial(_import, target) for name, target in builtin.items()
         }
         self._instances: dict[str, AttentionBackend] = {}
+        self._unable: dict[str, str] = {}
         self._entry_points_read = False
         self.used: set[str] = set()
         """Names of the backends that have served a call since `forget_use`; a run keeps them in its summary."""
@@ -100,6 +101,7 @@ class BackendRegistry:
     def register(self, name: str, factory: Callable[[], AttentionBackend], *, first: bool = False) -> None:
         """Add a backend under `name`; `first` puts it before all others in the order of "auto"."""
         self._instances.pop(name, None)
+        self._unable.clear()
         if first:
             self._loaders = {name: factory, **{k: v for k, v in self._loaders.items() if k != name}}
         else:
@@ -175,13 +177,24 @@ class BackendRegistry:
 
     def _resolve_auto(self, spec: AttentionSpec) -> str:
         reasons: list[str] = []
-        for line in self.report(spec):
-            reason = line.reason or line.passed_over
+        for name in self.names():
+            reason = self._passed_over(name, spec)
             if reason is None:
-                _log_choice(line.name, "; ".join(reasons))
-                return line.name
-            reasons.append(f"{line.name}: {reason}")
+                _log_choice(name, "; ".join(reasons))
+                return name
+            reasons.append(f"{name}: {reason}")
         raise UnsupportedAttentionError("No attention backend can serve this call. " + "; ".join(reasons))
+
+    def _passed_over(self, name: str, spec: AttentionSpec) -> str | None:
+        """Why "auto" does not choose the backend, or None. What can't run here is not asked again, for each call."""
+        if name not in self._unable:
+            reason = self.why_not(name)
+            if reason is None:
+                backend = self.get(name)
+                aside = getattr(backend, "not_in_auto", None)
+                return backend.supports(spec) or (aside(spec) if callable(aside) else aside)
+            self._unable[name] = reason
+        return self._unable[name]
 
 
 @lru_cache(maxsize=64)

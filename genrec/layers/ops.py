@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -220,21 +221,46 @@ def project(
     return y, Recomputed(y, lambda: apply_linear(linear, source.look())) if again_projected else None
 
 
+SMALL = 16_384
+"""Tokens below which "auto" takes plain torch, by default; see docs/performance.md."""
+
+
+def small_batch() -> int:
+    """Tokens below which "auto" takes plain torch: GENREC_LAYER_SMALL, else `SMALL`; 0 for never.
+
+    Raises:
+        ValueError: The variable holds no number.
+    """
+    said = os.environ.get("GENREC_LAYER_SMALL", str(SMALL))
+    if not said.isdecimal():
+        raise ValueError(f"GENREC_LAYER_SMALL must be a number of tokens, got '{said}'.")
+    return int(said)
+
+
 class AutoLayerOps:
-    """The Triton kernels for tensors that they know on a GPU, plain torch for all else. Logs each choice once."""
+    """The Triton kernels for tensors that they know on a GPU, plain torch for all else. Logs each choice once.
+
+    A GPU is done with a small batch before Python has started the next kernel. There the fewest and cheapest launches
+    win, and those are PyTorch's own: see `small_batch`. Compiled graphs take the kernels whatever the size, since a
+    choice by size would split them.
+    """
 
     def __init__(self, recompute: Sequence[str] = ()) -> None:
+        self._small = small_batch()
         self._torch = TorchLayerOps(recompute)
         self._reason = why_not("triton")
         self._triton = None if self._reason else get_layer_ops("triton", recompute)
 
-    def _choose(self, x: Tensor) -> LayerOps:
+    def _choose(self, x: Tensor, rows: int | None = None) -> LayerOps:
+        """For tokens x, (T, D), or so many rows like them."""
         reason = self._reason
         if not reason and not x.is_cuda:
             reason = f"the tokens are on the {x.device.type}"
         if not reason and x.dtype == torch.float64:
             reason = "its kernels don't know fp64"
         if not torch.compiler.is_compiling():
+            if not reason and (x.shape[0] if rows is None else rows) < self._small:
+                reason = f"batches of fewer than {self._small} tokens are faster without"
             _log_choice("torch" if reason else "triton", reason or "")
         return self._torch if reason or self._triton is None else self._triton
 
@@ -260,7 +286,7 @@ class AutoLayerOps:
 
     def place_rows(self, pool: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
         """As `LayerOps.place_rows`."""
-        return self._choose(pool[0]).place_rows(pool, places)
+        return self._choose(pool[0], sum(part.shape[0] for part in pool)).place_rows(pool, places)
 
     def take_rows(self, x: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
         """As `LayerOps.take_rows`."""

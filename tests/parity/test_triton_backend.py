@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,9 @@ from tests.parity.triton_checks import (
 )
 
 pytest.importorskip("triton")
+from genrec.attention.triton import tuning
+from genrec.attention.triton.configs import Config
+
 GPU = torch.cuda.is_available()
 interpreted = pytest.mark.skipif(GPU, reason="on a GPU the kernels are compiled: see the tests marked gpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,10 +45,36 @@ _ALONE = ("causal-", "contexts_targets_window-", "full_window-")
 CI_GRID = [case for case in GRID if not case.name.endswith(("-position", "-time")) or case.name.startswith(_ALONE)]
 
 
+FORMS = {
+    "one": (Config(32, 32, tma=False), {}),
+    "tables": (Config(32, 32, tma=False, passes="tables"), {"backward_tables": Config(16, 32, tma=False)}),
+    "rows": (Config(32, 32, tma=False, passes="rows"), {"backward_rows": Config(32, 16, tma=False)}),
+}
+"""Forms of the backward pass, each with blocks of several shapes."""
+
+
+@contextmanager
+def form(name: str) -> Iterator[None]:
+    """All backward passes have this form meanwhile."""
+    config, others = FORMS[name]
+    with tuning.forced_all({"backward": config, **others}):
+        yield
+
+
 @interpreted
-@pytest.mark.parametrize("case", CI_GRID, ids=str)
-def test_grid(case: Case) -> None:
-    assert_parity("triton", one_head(case), torch.float32)
+@pytest.mark.parametrize(("case", "passes"), [(case, list(FORMS)[n % 3]) for n, case in enumerate(CI_GRID)], ids=str)
+def test_grid(case: Case, passes: str) -> None:
+    with form(passes):
+        assert_parity("triton", one_head(case), torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("passes", FORMS)
+@pytest.mark.parametrize("name", ["contexts_targets_window-both", "cached_long"])
+def test_forms_of_the_backward_pass(name: str, passes: str) -> None:
+    """With several heads, whose gradients of the tables are added up."""
+    with form(passes):
+        assert_parity("triton", replace(named(name), heads=3), torch.float32)
 
 
 @interpreted
@@ -69,9 +100,11 @@ def test_foreign_rows_do_not_matter(name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["targets-both", "dense_bias_heads", "causal-dense", "years"])
-def test_deterministic(name: str) -> None:
-    check_deterministic(named(name), torch.float32, "cpu")
+@pytest.mark.parametrize(("name", "passes"), [("targets-both", "tables"), ("dense_bias_heads", "one"),
+                                              ("causal-dense", "rows"), ("years", "one")])  # fmt: skip
+def test_deterministic(name: str, passes: str) -> None:
+    with form(passes):
+        check_deterministic(named(name), torch.float32, "cpu")
 
 
 @interpreted
@@ -97,6 +130,15 @@ def test_grid_on_gpu(case: Case, dtype: torch.dtype) -> None:
 
 
 _REAL = {"heads": 2, "lengths": (1000, 1, 333, 0, 640), "strided": True}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("passes", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["long_targets", "years", "dims64x64_h2"])
+def test_forms_of_the_backward_pass_on_gpu(name: str, dtype: torch.dtype, passes: str) -> None:
+    with tuning.formed(passes):  # type: ignore[arg-type]
+        assert_parity("triton", named(name), dtype, "cuda")
 
 
 @pytest.mark.gpu

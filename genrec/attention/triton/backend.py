@@ -80,7 +80,7 @@ class TritonBackend:
         assert isinstance(mask, AttentionMask)
         relative = bias if isinstance(bias, RelativeBias) else None
         timed = relative is not None and relative.time_weight is not None
-        return ops.attention_forward(
+        return ops.attention(
             q, k, v, q_offsets, kv_offsets,
             mask.num_contexts, mask.num_targets,
             scale if isinstance(scale, Tensor) else None,
@@ -95,4 +95,4 @@ class TritonBackend:
             1.0 if isinstance(scale, Tensor) else float(scale),
             dropout, seed or 0, deterministic,
             not torch.compiler.is_compiling(),
-        )  # type: ignore[no-any-return]  # fmt: skip
+        )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["forward", "backward", "backward_rows"]
+Kind = Literal["forward", "backward", "backward_rows", "backward_tables"]
+Passes = Literal["one", "tables", "rows"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Config:
     """Blocks that the loads run ahead."""
     tma: bool = True
     """Tensor descriptors where the tensors allow it."""
+    passes: Passes = "one"
+    """How a backward pass is divided, for the kernel "backward" alone: see `launch_backward`."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,44 @@ _FORWARD = {
     256: [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2)],
 }
 # The relative bias takes registers: these don't spill with it.
-_FORWARD_WITH_BIAS = {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)}
-_BACKWARD = {
-    64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(128, 128, 8, 2), Config(64, 128, 4, 2)],
-    128: [Config(64, 128, 8, 2, tma=False), Config(64, 128, 8, 2), Config(64, 128, 8, 1), Config(64, 64, 4, 1)],
-    256: [Config(64, 64, 8, 1), Config(32, 64, 8, 2), Config(64, 64, 4, 1)],
+_FORWARD_WITH_BIAS = {
+    64: [Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2)],
+    128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 128, 8, 2)],
+    256: [Config(128, 32, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
 }
+_BACKWARD = {
+    64: [Config(64, 128, 8, 2), Config(64, 128, 8, 2, passes="rows"), Config(64, 64, 4, 2), Config(128, 128, 8, 2)],
+    128: [Config(64, 128, 8, 2, tma=False), Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2),
+          Config(64, 64, 4, 1)],
+    256: [Config(64, 64, 8, 1), Config(64, 64, 8, 1, passes="rows"), Config(32, 64, 8, 2), Config(64, 64, 4, 1)],
+}  # fmt: skip
+# With the bias's tables to sum, the registers of one kernel don't suffice: its main loop spills ten times as often.
+_BACKWARD_WITH_BIAS = {
+    64: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2, passes="tables"), Config(64, 128, 8, 2)],
+    128: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2, tma=False, passes="tables"),
+          Config(64, 128, 8, 2, tma=False)],
+    256: [Config(64, 64, 8, 1, passes="rows"), Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
+}  # fmt: skip
+# At least as many rows as keys, for the gradient of a position table; the other way round in the kernels over keys.
 _ROWS = {
     64: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
     128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
     256: [Config(64, 64, 8, 1), Config(64, 32, 8, 2)],
 }
-# An element of fp32 is three of tf32 on the way to the tensor cores: small blocks.
+_TABLES = {
+    64: [Config(64, 128, 8, 2), Config(64, 64, 8, 2)],
+    128: [Config(64, 64, 8, 2), Config(64, 128, 8, 2)],
+    256: [Config(64, 64, 8, 1), Config(32, 64, 8, 1)],
+}
+_LISTS = {"forward": _FORWARD, "backward": _BACKWARD, "backward_rows": _ROWS, "backward_tables": _TABLES}
+_WITH_BIAS = {"forward": _FORWARD_WITH_BIAS, "backward": _BACKWARD_WITH_BIAS}
+# An element of fp32 is three of tf32 on the way to the tensor cores: small blocks, and no product made twice.
 _WIDE = {64: [Config(64, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 32, 8, 1)]}
 _WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 32, 8, 1)]}
-_LISTS = {"forward": _FORWARD, "backward": _BACKWARD, "backward_rows": _ROWS}
+_WIDE_ROWS = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 16, 8, 1)]}
+_WIDE_LISTS = {
+    "forward": _WIDE, "backward": _WIDE_BACKWARD, "backward_rows": _WIDE_ROWS, "backward_tables": _WIDE_BACKWARD
+}  # fmt: skip
 
 
 def candidates(kind: Kind, shape: Shape) -> list[Config]:
@@ -69,10 +95,10 @@ def candidates(kind: Kind, shape: Shape) -> list[Config]:
         return [INTERPRETER]
     width = max(64, shape.qk_width, shape.v_width)
     if shape.bits == 32:
-        return (_WIDE if kind == "forward" else _WIDE_BACKWARD)[width]
+        return _WIDE_LISTS[kind][width]
     found = _LISTS[kind][width]
-    if kind == "forward" and shape.bias:
-        found = list(dict.fromkeys([_FORWARD_WITH_BIAS[width], *found]))
+    if shape.bias:
+        found = _WITH_BIAS.get(kind, _LISTS[kind])[width]
     if not shape.hopper:  # two thirds of the shared memory, and no descriptors
         found = [replace(c, tma=False, rows=min(c.rows, 64), keys=min(c.keys, 64), warps=4) for c in found]
         found = [replace(c, stages=1) if width == 256 else c for c in dict.fromkeys(found)]

@@ -12,18 +12,12 @@ from torch import Tensor
 
 from genrec.attention.spec import time_bucket_edges
 from genrec.attention.triton import tuning
-from genrec.attention.triton.configs import Config, Kind, Shape
-from genrec.attention.triton.kernels.backward import backward_kernel
-from genrec.attention.triton.kernels.backward_rows import backward_rows_kernel
+from genrec.attention.triton.configs import Config, Shape
 from genrec.attention.triton.kernels.forward import forward_kernel
 from genrec.attention.triton.prepared import Prepared, prepared_for
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter."""
-COPIES = 32
-"""Copies of the tables' gradients, so that programs seldom wait for each other."""
-OWN_ELEMENTS = 2**23
-"""About as many numbers do the deterministic mode's copies hold, one for each program of a launch."""
 
 
 @dataclass(eq=False)
@@ -57,9 +51,9 @@ class Call:
     prepared: Prepared = field(init=False)
 
     def __post_init__(self) -> None:
-        self.q, self.k, self.v = (_rows_contiguous(x) for x in (self.q, self.k, self.v))
+        self.q, self.k, self.v = (rows_contiguous(x) for x in (self.q, self.k, self.v))
         if self.dense is not None:
-            self.dense = _rows_contiguous(self.dense)
+            self.dense = rows_contiguous(self.dense)
         self.num_contexts = _contiguous(self.num_contexts)
         self.num_targets = _contiguous(self.num_targets)
         self.scales = _contiguous(self.scales)
@@ -122,7 +116,7 @@ class Call:
             "kv_times": kv_times, "q_times": q_times,
             **dict(zip(("row_low", "row_high", "key_low", "key_high"), spans, strict=True)),
             **dict(zip(("dense_batch", "dense_head", "dense_row"), dense_strides, strict=True)),
-            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v),
+            **strides("q", self.q), **strides("k", self.k), **strides("v", self.v),
             "heads": self.q.shape[1],
             "max_positions": 0 if self.position is None else (self.position.numel() + 1) // 2,
             "alpha": self.alpha, "scale": self.scale, "dropout": self.dropout, "seed": self.seed,
@@ -153,141 +147,31 @@ def run_forward(call: Call) -> Tensor:
 
 def launch_forward(call: Call, out: Tensor, config: Config) -> None:
     """Fills out (T_q, H, Dv)."""
-    arguments = call.common(config, of_keys=False) | _strides("out", out) | {
+    arguments = call.common(config, of_keys=False) | strides("out", out) | {
         "out": out,
-        "k_descriptor": _descriptor(call.k, config.keys, config),
-        "v_descriptor": _descriptor(call.v, config.keys, config),
+        "k_descriptor": descriptor(call.k, config.keys, config),
+        "v_descriptor": descriptor(call.v, config.keys, config),
     }  # fmt: skip
-    _start(forward_kernel, call, config, call.pieces(config, of_keys=False), arguments)
+    start(forward_kernel, call, config, call.pieces(config, of_keys=False), arguments)
 
 
-def run_backward(call: Call, d_out: Tensor, needed: list[bool]) -> list[Tensor]:
-    """Gradients of q, k, v and, where needed, of position table, time table and dense bias (else without elements)."""
-    d_out = _rows_contiguous(d_out)
-    if call.empty:
-        dense = call.dense
-        tables = [x.new_zeros(x.shape) if need and x is not None else call.q.new_empty(0)
-                  for x, need in zip((call.position, call.time, dense), needed, strict=True)]  # fmt: skip
-        return [x.new_zeros(x.shape) for x in (call.q, call.k, call.v)] + tables
-    gradients = Gradients(call, needed)
-    if call.deterministic:
-        tuning.run("backward_rows", call, lambda config: _launch_rows(call, d_out, gradients, config))
-    # With additions to memory a second run would double them: the tuner clears the sums before each.
-    tuning.run("backward", call, lambda config: _launch_backward(call, d_out, gradients, config), gradients.clear)
-    return gradients.results()
-
-
-class Gradients:
-    """The outputs of a backward pass, and sums in fp32 on the way to them."""
-
-    def __init__(self, call: Call, needed: list[bool]) -> None:
-        self.call, self.needed = call, needed
-        self.dk, self.dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.k, call.v))
-        self.dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device) if call.deterministic else None
-        self.dq_sum: Tensor | None = None
-        self.d_position: Tensor | None = None
-        self.d_time: Tensor | None = None
-        self.d_dense: Tensor | None = None
-        self.copies = 1
-
-    @property
-    def shared_dense(self) -> bool:
-        """Whether heads add to one dense gradient by atomics."""
-        dense = self.call.dense
-        return dense is not None and dense.shape[1] < self.call.q.shape[1] and not self.call.deterministic
-
-    def begin(self, pieces: int) -> None:
-        """Sums of zeros, for so many pieces of work."""
-        call, device = self.call, self.call.q.device
-        entries = 1 + sum(x.numel() for x in (call.position, call.time) if x is not None)
-        own = max(132, OWN_ELEMENTS // entries) if not INTERPRETED else 5
-        self.copies = min(own if call.deterministic else COPIES, pieces)
-        if not call.deterministic:
-            self.dq_sum = torch.zeros(call.q.shape, dtype=torch.float32, device=device)
-        if self.needed[0] and call.position is not None:
-            self.d_position = torch.zeros(self.copies, call.position.numel(), dtype=torch.float32, device=device)
-        if self.needed[1] and call.time is not None:
-            self.d_time = torch.zeros(self.copies, call.time.numel(), dtype=torch.float32, device=device)
-        if self.needed[2] and call.dense is not None and self.d_dense is None:
-            shape = list(call.dense.shape)
-            # One order of additions, deterministic: each head writes its own, then they are added.
-            shape[1] = 1 if self.shared_dense else call.q.shape[1]
-            dtype = torch.float32 if shape[1] != call.dense.shape[1] or self.shared_dense else call.dense.dtype
-            self.d_dense = torch.zeros(shape, dtype=dtype, device=call.q.device)
-
-    def clear(self) -> None:
-        """Undoes additions of a former run."""
-        if self.d_dense is not None:
-            self.d_dense.zero_()
-
-    def results(self) -> list[Tensor]:
-        """In the dtypes of the inputs."""
-        call = self.call
-        dq = self.dq if self.dq is not None else self.dq_sum
-        assert dq is not None
-        position, time = self._table(self.d_position, call.position), self._table(self.d_time, call.time)
-        dense = call.q.new_empty(0)
-        if self.d_dense is not None and call.dense is not None:
-            dense = self.d_dense
-            if dense.shape[1] != call.dense.shape[1]:
-                dense = dense.sum(1, keepdim=True)
-            dense = dense.to(call.dense.dtype)
-        return [dq.to(call.q.dtype), self.dk, self.dv, position, time, dense]
-
-    def _table(self, copies: Tensor | None, like: Tensor | None) -> Tensor:
-        if copies is None or like is None:
-            return self.call.q.new_empty(0)
-        return copies.sum(0).to(like.dtype)
-
-
-def _launch_backward(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
-    pieces = call.pieces(config, of_keys=True)
-    gradients.begin(pieces)
-    if gradients.d_position is not None and config.rows > config.keys:
-        raise ValueError(f"{config}: with a position table a block has at most as many rows as keys.")
-    d_dense = gradients.d_dense
-    strides = (0, 0, 0)
-    if d_dense is not None:
-        strides = d_dense.stride(0), 0 if gradients.shared_dense else d_dense.stride(1), d_dense.stride(2)
-    dq_descriptor = None
-    if gradients.dq_sum is not None and call.shape.qk_width == call.q.shape[2]:
-        dq_descriptor = _descriptor(gradients.dq_sum, config.rows, config)
-    arguments = call.common(config, of_keys=True) | _strides("d_out", d_out) | {
-        "d_out": d_out,
-        "q_descriptor": _descriptor(call.q, config.rows, config),
-        "d_out_descriptor": _descriptor(d_out, config.rows, config),
-        "dq_sum": gradients.dq_sum, "dq_descriptor": dq_descriptor, "dk": gradients.dk, "dv": gradients.dv,
-        "d_position": gradients.d_position, "d_time": gradients.d_time, "d_dense": d_dense,
-        **dict(zip(("d_dense_batch", "d_dense_head", "d_dense_row"), strides, strict=True)),
-        "copies": gradients.copies, "first_work": 0,
-        "DETERMINISTIC": call.deterministic, "SHARED_DENSE": gradients.shared_dense,
-    }  # fmt: skip
-    # Deterministic, each program has a copy of the tables to itself: launches of so many programs follow each other.
-    own_copies = call.deterministic and not (gradients.d_position is None and gradients.d_time is None)
-    programs = gradients.copies if own_copies else pieces
-    for begin in range(0, pieces, programs):
-        _start(backward_kernel, call, config, programs, arguments | {"first_work": begin})
-
-
-def _launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
-    arguments = call.common(config, of_keys=False) | _strides("d_out", d_out) | {
-        "d_out": d_out, "dq": gradients.dq,
-        "k_descriptor": _descriptor(call.k, config.keys, config),
-        "v_descriptor": _descriptor(call.v, config.keys, config),
-    }  # fmt: skip
-    _start(backward_rows_kernel, call, config, call.pieces(config, of_keys=False), arguments)
-
-
-def _start(kernel: Any, call: Call, config: Config, programs: int, arguments: dict[str, Any]) -> None:
+def start(kernel: Any, call: Call, config: Config, programs: int, arguments: dict[str, Any]) -> None:
+    """Launches so many programs."""
     if call.q.is_cuda:
-        with torch.cuda.device(call.q.device):
+        # The guard costs more than the question.
+        if call.q.device.index == torch.cuda.current_device():
             kernel[(programs,)](**arguments)
+        else:
+            with torch.cuda.device(call.q.device):
+                kernel[(programs,)](**arguments)
+    elif not INTERPRETED:
+        kernel[(programs,)](**arguments)
     else:
         arguments = {name: x for name, x in arguments.items() if name not in ("num_warps", "num_stages")}
         kernel[(programs,)](**arguments)
 
 
-def _descriptor(x: Tensor, rows: int, config: Config) -> Any:
+def descriptor(x: Tensor, rows: int, config: Config) -> Any:
     """A TMA descriptor of (rows, D) blocks of x (T, H, D) seen as rows of all heads; None where TMA can't read it."""
     row, head, _ = x.stride()
     size, dim = x.element_size(), x.shape[2]
@@ -301,10 +185,10 @@ def _descriptor(x: Tensor, rows: int, config: Config) -> Any:
 
 def _width(dim: int) -> int:
     """The least power of two that a product of matrices takes."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Tensor) -> Tensor:
     """x itself where its last axis is contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -313,7 +197,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Arguments of the kernels."""
     return {f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
 
 
@@ -324,6 +209,3 @@ def _edges(buckets: int, device: torch.device) -> tuple[Tensor, Tensor]:
     edges = torch.cat([torch.zeros(1, dtype=torch.int64), time_bucket_edges(buckets),
                        torch.full((3,), largest, dtype=torch.int64)])  # fmt: skip
     return edges.to(device), edges.clamp(max=torch.iinfo(torch.int32).max).int().to(device)
-
-
-__all__ = ["INTERPRETED", "Call", "Kind", "run_backward", "run_forward"]

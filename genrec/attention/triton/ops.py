@@ -2,6 +2,9 @@
 
 Optional tensors and plain numbers only: `TritonBackend` takes mask and bias apart. `window` is -1 for none. `reuse`
 allows the work plan of a former call with the very same offset tensors; a compiled graph may rewrite them unseen.
+
+PyTorch's way through such an op takes longer than everything else that a launch needs from Python
+(`benchmarks/launch_cost.py`). Where nobody traces, `attention` does the same by an autograd function of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genrec.attention.triton.launch import Call, run_backward, run_forward
+from genrec._ops import untraced
+from genrec.attention.triton.launch import Call, run_forward
+from genrec.attention.triton.launch_backward import run_backward
 
 
 @torch.library.custom_op("genrec::attention_triton", mutates_args=())
@@ -88,6 +93,38 @@ def attention_backward(
     )  # fmt: skip
 
 
+def attention(*inputs: Any) -> Tensor:
+    """`attention_forward`, by the shortest way."""
+    if not untraced(inputs):
+        return attention_forward(*inputs)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (inputs[n] for n in _TRAINED)):
+        return _Attention.apply(*(inputs[n] for n in _TRAINED), inputs)  # type: ignore[no-any-return]
+    return run_forward(Call(*inputs))
+
+
+class _Attention(torch.autograd.Function):
+    """What `attention_forward` registers, without the registry."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """The six tensors that may be trained, then all inputs."""
+        inputs = arguments[-1]
+        ctx.save_for_backward(*inputs[:_TENSORS])
+        ctx.numbers = inputs[_TENSORS:]
+        return run_forward(Call(*inputs))
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of the six tensors that may be trained, and None."""
+        needs = ctx.needs_input_grad
+        needed = list(needs[3:6])
+        if torch.is_grad_enabled():  # a graph of this pass is wanted: the op knows to refuse a second derivative
+            found = attention_backward(d_out, *ctx.saved_tensors, *ctx.numbers, needed)
+        else:
+            found = run_backward(Call(*ctx.saved_tensors, *ctx.numbers), d_out, needed)
+        return (*(x if need else None for x, need in zip(found, needs[:6], strict=True)), None)
+
+
 @attention_forward.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return v.new_empty(q.shape[0], q.shape[1], v.shape[2])
@@ -105,6 +142,7 @@ def _backward_fake(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -
 
 _TENSORS = 13
 _POSITION, _TIME, _DENSE = 8, 9, 12
+_TRAINED = (0, 1, 2, _POSITION, _TIME, _DENSE)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,28 +10,29 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from genrec.attention.triton.configs import Config, Kind, candidates
+from genrec.attention.triton.configs import Config, Kind, Passes, candidates
 
 if TYPE_CHECKING:
     from genrec.attention.triton.launch import Call
 
 log = logging.getLogger(__name__)
 
-_chosen: dict[str, Config] = {}
+_chosen: dict[tuple[Any, ...], Config] = {}
 _forced: dict[Kind, Config] = {}
 _allowed: bool | None = None
+_form: Passes | None = None
 
 
 @contextmanager
@@ -48,6 +49,26 @@ def forced(kind: Kind, config: Config) -> Iterator[None]:
 
 
 @contextmanager
+def forced_all(configs: Mapping[Kind, Config]) -> Iterator[None]:
+    """`forced`, for several kernels."""
+    with ExitStack() as stack:
+        for kind, config in configs.items():
+            stack.enter_context(forced(kind, config))
+        yield
+
+
+@contextmanager
+def formed(passes: Passes | None) -> Iterator[None]:
+    """Backward passes have this form meanwhile, with the blocks of the list; None changes nothing."""
+    global _form
+    before, _form = _form, passes
+    try:
+        yield
+    finally:
+        _form = before
+
+
+@contextmanager
 def autotune(allowed: bool = True) -> Iterator[None]:
     """Calls of a shape without a measured configuration measure the list meanwhile (or don't, whatever the setting)."""
     global _allowed
@@ -58,42 +79,63 @@ def autotune(allowed: bool = True) -> Iterator[None]:
         _allowed = before
 
 
-def run(kind: Kind, call: Call, launch: Callable[[Config], None], clear: Callable[[], None] | None = None) -> None:
-    """Launches with the configuration of this kind of call; `clear` undoes what a former launch added."""
+def run(kind: Kind, call: Call, launch: Callable[[Config], None]) -> None:
+    """Launches with the configuration of this kind of call; a launch leaves nothing of a former one."""
     if kind in _forced:
         launch(_forced[kind])
         return
-    key = key_of(kind, call)
-    config = _chosen.get(key) or _kept().get(key)
+    if _form is not None and kind == "backward":
+        found = [replace(config, passes=_form) for config in candidates(kind, call.shape)]
+        _first_that_fits(list(dict.fromkeys(found)), launch)
+        return
+    facts = facts_of(kind, call)
+    config = _chosen.get(facts)
     if config is not None:
-        _chosen[key] = config
+        launch(config)
+        return
+    key = key_of(facts)
+    config = _kept().get(key)
+    if config is not None:
+        _chosen[facts] = config
         launch(config)
         return
     capturing = call.q.is_cuda and torch.cuda.is_current_stream_capturing()
     allowed = os.environ.get("GENREC_TRITON_AUTOTUNE") == "1" if _allowed is None else _allowed
     found = candidates(kind, call.shape)
     if allowed and call.q.is_cuda and not capturing:
-        _chosen[key] = _measure(key, found, launch, clear)
-        _keep(key, _chosen[key])
-        if clear is not None:
-            clear()
-        launch(_chosen[key])
+        _chosen[facts] = _measure(key, found, launch)
+        _keep(key, _chosen[facts])
+        launch(_chosen[facts])
     else:
-        _chosen[key] = _first_that_fits(found, launch)
+        _chosen[facts] = _first_that_fits(found, launch)
 
 
-def key_of(kind: Kind, call: Call) -> str:
-    """What a choice depends on; lengths by powers of two."""
-    device = torch.cuda.get_device_name(call.q.device) if call.q.is_cuda else "cpu"
-    bias = [name for name in ("position", "time", "dense") if getattr(call, name) is not None]
-    mask = [name for name in ("num_contexts", "num_targets") if getattr(call, name) is not None]
-    mask += ["window"] if call.window >= 0 else []
-    mask += ["full"] if not call.causal else []
+Facts = tuple[Any, ...]
+
+
+def facts_of(kind: Kind, call: Call) -> Facts:
+    """What a choice depends on, quick to make and to look up; lengths by powers of two."""
+    q = call.q
+    return (
+        q.device, kind, q.dtype, q.shape[2], call.v.shape[2], q.shape[1],
+        call.position is not None, call.time is not None, call.dense is not None,
+        call.num_contexts is not None, call.num_targets is not None, call.window >= 0, call.causal,
+        max(0, call.max_kv_len - 1).bit_length(), call.dropout > 0.0, call.deterministic,
+    )  # fmt: skip
+
+
+def key_of(facts: Facts) -> str:
+    """The same in words, for the file."""
+    (device, kind, dtype, qk_dim, v_dim, heads, position, time, dense, contexts, targets, window, causal, bits, dropout,
+     deterministic) = facts  # fmt: skip
+    bias = {"position": position, "time": time, "dense": dense}
+    mask = {"num_contexts": contexts, "num_targets": targets, "window": window, "full": not causal}
     parts = [
-        device, f"triton {triton.__version__}", kind, str(call.q.dtype).removeprefix("torch."),
-        f"{call.q.shape[2]}x{call.v.shape[2]}", "+".join(bias) or "no bias", "+".join(mask) or "causal",
-        f"length {triton.next_power_of_2(max(1, call.max_kv_len))}", f"heads {call.q.shape[1]}",
-        "dropout" if call.dropout else "", "deterministic" if call.deterministic else "",
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        f"triton {triton.__version__}", kind, str(dtype).removeprefix("torch."), f"{qk_dim}x{v_dim}",
+        "+".join(name for name, has in bias.items() if has) or "no bias",
+        "+".join(name for name, has in mask.items() if has) or "causal",
+        f"length {1 << bits}", f"heads {heads}", "dropout" if dropout else "", "deterministic" if deterministic else "",
     ]  # fmt: skip
     return ", ".join(part for part in parts if part)
 
@@ -110,9 +152,7 @@ def _first_that_fits(found: list[Config], launch: Callable[[Config], None]) -> C
     return found[-1]
 
 
-def _measure(
-    key: str, found: list[Config], launch: Callable[[Config], None], clear: Callable[[], None] | None
-) -> Config:
+def _measure(key: str, found: list[Config], launch: Callable[[Config], None]) -> Config:
     times: dict[Config, float] = {}
     for config in found:
         try:
@@ -121,8 +161,6 @@ def _measure(
             continue
         runs = []
         for _ in range(5):
-            if clear is not None:
-                clear()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(10_000_000)  # 5 ms: the launch is queued when it ends, Python's time is not the kernel's
             begin.record()

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 
@@ -23,7 +22,7 @@ def tile(width: int, per_thread: int = 16, max_rows: int = 64) -> tuple[int, int
     the forward kernels; 8 (one 16 byte load of 16 bit numbers) in the backward ones, which hold up to ten such tensors
     and should still leave room for several programs on each multiprocessor.
     """
-    columns = max(16, triton.next_power_of_2(width))
+    columns = max(16, 1 << (width - 1).bit_length())
     rows = max(1, min(max_rows, 128 * per_thread // columns))
     warps = max(1, min(16, rows * columns // (32 * per_thread)))
     return rows, columns, warps
@@ -42,7 +41,8 @@ def _processors(device: torch.device) -> int:
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    away = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if away else nullcontext()
 
 
 def check(name: str, *tensors: Tensor | None) -> None:

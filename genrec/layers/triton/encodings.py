@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genrec._ops import op
 from genrec.layers.triton._launch import check, on_device, tile
 from genrec.layers.triton.dropout import keep_mask, threshold
 
@@ -80,7 +81,7 @@ def _sum_owners(pieces_ptr, piece_starts_ptr, out_ptr, width, ROWS: tl.constexpr
     tl.store(at, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=col < width)
 
 
-@torch.library.custom_op("genrec::add_encodings", mutates_args=())
+@op("genrec::add_encodings")
 def add_encodings(
     x: Tensor, tables: Sequence[Tensor], indices: Sequence[Tensor], seed: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
@@ -123,7 +124,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("genrec::sum_rows_by_index", mutates_args=())
+@op("genrec::sum_rows_by_index")
 def sum_rows_by_index(grad: Tensor, index: Tensor, table_rows: int, dtype: torch.dtype) -> Tensor:
     """The gradient of a table of which output row r read row index[r].
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genrec._ops import op
 from genrec.layers.triton._launch import check, on_device, programs_for, tile
 from genrec.layers.triton.dropout import keep_mask, threshold
 from genrec.layers.triton.norm import (
@@ -132,7 +133,7 @@ def _sizes(a: Tensor, groups: int) -> tuple[int, int, int, int]:
     return rows, head, groups, heads * head // groups
 
 
-@torch.library.custom_op("genrec::gated_product", mutates_args=())
+@op("genrec::gated_product")
 def gated_product(
     a: Tensor,
     u: Tensor,
@@ -205,7 +206,7 @@ def _(
     return y, statistic, torch.empty_like(statistic)
 
 
-@torch.library.custom_op("genrec::gated_product_backward", mutates_args=())
+@op("genrec::gated_product_backward")
 def gated_product_backward(
     dy: Tensor,
     a: Tensor,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genrec._ops import op
 from genrec.layers.triton._launch import check, on_device, programs_for, tile
 
 NO_AFFINE, BY_COLUMN, BY_GROUP = 0, 1, 2
@@ -125,7 +126,7 @@ def affine_kind(weight: Tensor | None, groups: int, width: int) -> int:
     raise ValueError(f"A norm over {width} columns in {groups} groups can't have {weight.numel()} weights.")
 
 
-@torch.library.custom_op("genrec::layer_norm", mutates_args=())
+@op("genrec::layer_norm")
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +166,7 @@ def _(
     return x.new_empty(x.shape, dtype=dtype), statistic, torch.empty_like(statistic)
 
 
-@torch.library.custom_op("genrec::layer_norm_backward", mutates_args=())
+@op("genrec::layer_norm_backward")
 def layer_norm_backward(
     dy: Tensor,
     x: Tensor,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from genrec._ops import op
 from genrec.layers.triton._launch import check, on_device, tile
 
 
@@ -42,7 +42,7 @@ def _launch(source: Tensor, target: Tensor, index: Tensor, scatter: bool) -> Non
         )  # fmt: skip
 
 
-@torch.library.custom_op("genrec::place_rows", mutates_args=())
+@op("genrec::place_rows")
 def place_rows(pool: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
     """One tensor of all rows: out[places[i]] = pool[i].
 
@@ -65,7 +65,7 @@ def _(pool: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
     return pool[0].new_empty(sum(values.shape[0] for values in pool), pool[0].shape[1])
 
 
-@torch.library.custom_op("genrec::take_rows", mutates_args=())
+@op("genrec::take_rows")
 def take_rows(x: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
     """The transpose of `place_rows`: x[places[i]] for each i.
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genrec._ops import op
 from genrec.layers.triton._launch import check, on_device, tile
 
 
@@ -65,7 +66,7 @@ def _merge(du, dv, dq, dk, y, dy, rows, width, v_dim, qk_dim, u_row, u_head, u_c
                 width, SILU, QK_COLS)  # fmt: skip
 
 
-@torch.library.custom_op("genrec::activate_uvqk", mutates_args=())
+@op("genrec::activate_uvqk")
 def activate_uvqk(y: Tensor, v_dim: int, qk_dim: int, keep_u: bool) -> Tensor:
     """SiLU of v, q and k of each head, in a tensor of their own.
 
@@ -99,7 +100,7 @@ def _(y: Tensor, v_dim: int, qk_dim: int, keep_u: bool) -> Tensor:
     return y.new_empty(y.shape[0], y.shape[1] // wide, wide - (0 if keep_u else v_dim))
 
 
-@torch.library.custom_op("genrec::merge_uvqk", mutates_args=())
+@op("genrec::merge_uvqk")
 def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None) -> Tensor:
     """The gradient of the projection from those of its parts.
 

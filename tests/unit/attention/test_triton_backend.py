@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genrec.attention import AttentionMask, AttentionSpec, RelativeBias, hstu_attention
 from tests.parity.reference import MaskWords
@@ -98,6 +100,42 @@ def test_exports() -> None:
     torch.testing.assert_close(program.module()(*fewer), _attention(*fewer))
 
 
+def test_the_short_way_gives_what_the_op_gives() -> None:
+    """Eager calls pass PyTorch's op by; modes that want to see it do."""
+    projection, offsets, bias = _inputs(20)
+    leaves = [x.detach().contiguous().requires_grad_() for x in projection.split(16, dim=-1)]
+    tables = [bias.position_weight, bias.time_weight]
+    arguments = (*leaves, offsets, offsets, None, None, None, *tables, bias.timestamps, None, None, 40, 40, 1, -1, True,
+                 1.0, 0.1, 0.0, 0, False, True)  # fmt: skip
+    short, whole = ops.attention(*arguments), ops.attention_forward(*arguments)
+    assert torch.equal(short, whole)
+    assert "attention_triton" not in short.grad_fn.name()
+    wanted = [leaves[0], *tables]
+    for x, y in zip(torch.autograd.grad(short.sum(), wanted), torch.autograd.grad(whole.sum(), wanted), strict=True):
+        torch.testing.assert_close(x, y)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            seen.append(str(function))
+            return function(*arguments, **(kwargs or {}))
+
+    with Watch(), torch.no_grad():
+        ops.attention(*arguments)
+    assert any("attention_triton" in name for name in seen)
+    with torch.no_grad():
+        assert ops.attention(*arguments).grad_fn is None
+
+
+def test_a_second_derivative_is_refused() -> None:
+    projection, offsets, _ = _inputs(8)
+    q, k, v = (x.detach().contiguous().requires_grad_() for x in projection.split(16, dim=-1))
+    out = hstu_attention(q, k, v, offsets, 16, backend="triton")
+    (d_q,) = torch.autograd.grad(out.sum(), [q], create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_triton_backward"):
+        torch.autograd.grad(d_q.sum(), [k])
+
+
 def test_op_keeps_the_rules_of_custom_ops() -> None:
     projection, offsets, bias = _inputs(20)
     v, q, k = (x.detach().contiguous().requires_grad_() for x in projection.split(16, dim=-1))
@@ -178,6 +216,19 @@ def test_plans_are_kept_while_tensors_are_unchanged() -> None:
     assert prepared_for((offsets, offsets), (None, None), (9, 9), True) is not first
 
 
+def test_a_default_has_the_blocks_that_its_kernel_needs() -> None:
+    """The gradient of a position table is summed where a tile has at least as many of its own rows or keys."""
+    for bits, width, bias, hopper in product((16, 32), (16, 64, 128, 256), (False, True), (False, True)):
+        shape = configs.Shape(bits, width, width, bias, hopper, False)
+        for kind in ("backward", "backward_tables"):
+            assert all(c.keys >= c.rows for c in configs.candidates(kind, shape)[: None if bias else 1])
+        assert all(c.rows >= c.keys for c in configs.candidates("backward_rows", shape))
+        found = configs.candidates("backward", shape)
+        assert len(set(found)) == len(found)
+        if bias and bits == 16:
+            assert [c.passes for c in found[:3]] == ["rows", "tables", "one"]
+
+
 def test_measured_configurations_are_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GENREC_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_chosen", {})
@@ -188,7 +239,7 @@ def test_measured_configurations_are_kept_on_disk(monkeypatch: pytest.MonkeyPatc
     call = launch.Call(q, k, v, offsets, offsets, *rest)
     used: list[configs.Config] = []
     measured = configs.Config(16, 16, tma=False)
-    tuning._keep(tuning.key_of("forward", call), measured)
+    tuning._keep(tuning.key_of(tuning.facts_of("forward", call)), measured)
     tuning._keep("another", configs.Config(32, 16))
     tuning.run("forward", call, used.append)
     tuning.run("backward", call, used.append)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,8 +249,9 @@ def test_whole_layers_recomputed_with_the_same_masks() -> None:
         assert torch.equal(one, other)
 
 
-def test_auto_chooses_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_chooses_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     ops._log_choice.cache_clear()
+    monkeypatch.setenv("GENREC_LAYER_SMALL", "0")
     plain, _ = _pair(BASE)
     auto = HSTUStack(replace(BASE, layer_backend="auto")).to(DEVICE)
     auto.load_state_dict(plain.state_dict())
@@ -262,6 +264,27 @@ def test_auto_chooses_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     else:  # never the interpreter
         assert said == ["Layer backend: torch (not triton: the tokens are on the cpu)"]
         assert all(torch.equal(a, b) for a, b in zip(got, _run(plain, tokens), strict=True))
+
+
+def test_auto_takes_torch_for_small_batches(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(tokens: int, **facts: Any) -> str:
+        x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(tokens, 8), device=torch.device("cuda"))
+        return type(ops.AutoLayerOps()._choose(x, **facts)).__name__  # type: ignore[arg-type]
+
+    ops._log_choice.cache_clear()
+    monkeypatch.delenv("GENREC_LAYER_SMALL", raising=False)
+    with caplog.at_level(logging.INFO):
+        assert chosen(ops.SMALL - 1) == "TorchLayerOps"
+    assert f"not triton: batches of fewer than {ops.SMALL} tokens" in caplog.text
+    assert chosen(ops.SMALL) == "TritonLayerOps"
+    assert chosen(8, rows=ops.SMALL) == "TritonLayerOps"
+    monkeypatch.setenv("GENREC_LAYER_SMALL", "100")
+    assert [chosen(99), chosen(100)] == ["TorchLayerOps", "TritonLayerOps"]
+    monkeypatch.setenv("GENREC_LAYER_SMALL", "0")
+    assert chosen(1) == "TritonLayerOps"
+    monkeypatch.setenv("GENREC_LAYER_SMALL", "few")
+    with pytest.raises(ValueError, match="GENREC_LAYER_SMALL must be a number of tokens, got 'few'"):
+        ops.AutoLayerOps()
 
 
 def test_fp64_is_an_error_with_a_cure() -> None:
@@ -347,16 +370,17 @@ def test_torch_export(form: str) -> None:
 def test_ops_are_sound() -> None:
     """PyTorch's own checks of schema, fake tensors and autograd registration."""
     x, w, b = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((7, 24), (24,), (24,)))
-    torch.library.opcheck(layer_norm, (x, w, b, 1, 1e-6, torch.float32))
-    torch.library.opcheck(layer_norm, (x, None, None, 3, 1e-6, torch.bfloat16))
+    torch.library.opcheck(layer_norm.registered, (x, w, b, 1, 1e-6, torch.float32))
+    torch.library.opcheck(layer_norm.registered, (x, None, None, 3, 1e-6, torch.bfloat16))
     mean, rstd = (torch.randn(7, 1, device=DEVICE) for _ in range(2))
-    torch.library.opcheck(layer_norm_backward, tuple(t.detach() for t in (x, x, w, b, mean, rstd, x)))
+    torch.library.opcheck(layer_norm_backward.registered, tuple(t.detach() for t in (x, x, w, b, mean, rstd, x)))
     a, u = (torch.randn(7, 3, 8, device=DEVICE, requires_grad=True) for _ in range(2))
     seed = torch.tensor([5], device=DEVICE)
-    torch.library.opcheck(gated_product, (a, u, None, w, b, seed, 1, 1e-6, 0.2, True, True, torch.float32))
-    torch.library.opcheck(gated_product, (a, u, x, None, None, None, 1, 1e-6, 0.0, False, True, torch.float32),
+    torch.library.opcheck(gated_product.registered, (a, u, None, w, b, seed, 1, 1e-6, 0.2, True, True, torch.float32))
+    given = (a, u, x, None, None, None, 1, 1e-6, 0.0, False, True, torch.float32)
+    torch.library.opcheck(gated_product.registered, given,
                           test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))  # fmt: skip
     y = torch.randn(7, 3 * 24, device=DEVICE)
-    torch.library.opcheck(activate_uvqk, (y, 8, 4, False))
+    torch.library.opcheck(activate_uvqk.registered, (y, 8, 4, False))
     parts = SplitActivated.apply(y, 8, 4, True, False)
-    torch.library.opcheck(merge_uvqk, (*parts, y))
+    torch.library.opcheck(merge_uvqk.registered, (*parts, y))

@@ -37,6 +37,7 @@ def backward_kernel(
     Tiles of scores are (KEYS, ROWS): their products with rows then take the scores from registers.
     """
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
+    BIASED: tl.constexpr = position is not None or time_table is not None
     copy = (tl.program_id(0) % copies).to(tl.int64)
     # Loops over pieces of work would hold registers that the accumulators need: the hardware starts the next program.
     work = first_work + tl.program_id(0)
@@ -93,7 +94,8 @@ def backward_kernel(
             x = product(k_tile, tl.trans(q_tile), None, PRECISION) * (alpha * FACTOR)
             d_out_tile = load_rows(d_out, d_out_descriptor, q_start, row0, q_len, d_out_row, h * d_out_head, V_DIM,
                                    V_WIDTH, ROWS, CUT, True)  # fmt: skip
-            d_weight = product(v_tile, tl.trans(d_out_tile), None, PRECISION)
+            if not BIASED:
+                d_weight = product(v_tile, tl.trans(d_out_tile), None, PRECISION)
             if time_table is not None:
                 row_earliest = tl.load(row_low + rows_entry + m)
                 span_first, span_last, near = bucket_span(
@@ -120,6 +122,9 @@ def backward_kernel(
                 p *= keep
                 slope *= keep
             dv_acc = product(p.to(d_out_tile.dtype), d_out_tile, dv_acc, PRECISION)
+            if BIASED:
+                # Not earlier: while the bias is looked up, registers are short.
+                d_weight = product(v_tile, tl.trans(d_out_tile), None, PRECISION)
             # Scaled before it is rounded: fp16 overflows easily.
             d_score = d_weight * (slope * slope_scale)
             if CUT:
@@ -151,7 +156,7 @@ def backward_kernel(
             if d_position is not None:
                 entries = 2 * max_positions - 1
                 add_position_gradient(d_score, key0 - row0 - shift + max_positions - 1,
-                                      d_position + copy * entries, entries, KEYS, ROWS, DETERMINISTIC)  # fmt: skip
+                                      d_position + copy * entries, entries, True, DETERMINISTIC)  # fmt: skip
     r = tl.arange(0, KEYS)[:, None] * heads
     inside = (keys < kv_len)[:, None]
     d = tl.arange(0, QK_WIDTH)[None, :]

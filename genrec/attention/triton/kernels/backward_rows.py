@@ -1,4 +1,8 @@
-"""dq by a pass of its own: a program owns a block of rows, so that every sum has one fixed order."""
+"""dq by a pass of its own: a program owns a block of rows, so that every sum of dq has one fixed order.
+
+It may make the gradients of the relative bias's tables too: it holds one accumulator where the kernel over keys holds
+two, so that there are registers for them.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,26 @@ import triton.language as tl
 
 from genrec.attention.triton.kernels.activation import kept, silu_and_slope
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
+from genrec.attention.triton.kernels.bias_gradient import add_position_gradient, add_time_gradient
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 
 
-@triton.jit(do_not_specialize=["heads", "max_positions", "seed"])
+@triton.jit(do_not_specialize=["copies", "heads", "max_positions", "seed"])
 def backward_rows_kernel(
-    q, k, v, d_out, k_descriptor, v_descriptor, dq,
+    q, k, v, d_out, k_descriptor, v_descriptor, dq, d_position, d_time,
     q_offsets, kv_offsets, items, count, num_contexts, num_targets, scales,
     position, time_table, edges, near_edges, kv_times, q_times, row_low, row_high, key_low, key_high, dense,
     q_row, q_head, k_row, k_head, v_row, v_head, d_out_row, d_out_head, dense_batch, dense_head, dense_row,
-    heads, max_positions, alpha, scale, dropout, seed,
+    copies, heads, max_positions, alpha, scale, dropout, seed,
     QK_DIM: tl.constexpr, V_DIM: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in `forward_kernel`; dq is contiguous."""
+    """Arguments as in `forward_kernel` and `backward_kernel`; dq is contiguous. Tiles are (ROWS, KEYS)."""
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
+    copy = (tl.program_id(0) % copies).to(tl.int64)
     work = tl.program_id(0)
     if work >= tl.load(count) * heads:
         return
@@ -100,6 +106,14 @@ def backward_rows_kernel(
                                num_targets is not None)  # fmt: skip
                 d_score = tl.where(seen & (j < kv_len), d_score, 0.0)
             acc = product(d_score.to(k_tile.dtype), k_tile, acc, PRECISION)
+            if d_time is not None:
+                add_time_gradient(d_score, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest,
+                                  span_first, span_last, near, d_time + copy * BUCKETS, edges, near_edges, BUCKETS,
+                                  False)  # fmt: skip
+            if d_position is not None:
+                entries = 2 * max_positions - 1
+                add_position_gradient(d_score, n * KEYS - row0 - shift + max_positions - 1,
+                                      d_position + copy * entries, entries, False, False)  # fmt: skip
     d = tl.arange(0, QK_WIDTH)[None, :]
     address = dq + ((q_start + row0) * heads + h) * QK_DIM + tl.arange(0, ROWS)[:, None] * (heads * QK_DIM) + d
     tl.store(address, (acc * alpha).to(dq.dtype.element_ty), (rows < q_len)[:, None] & (d < QK_DIM))

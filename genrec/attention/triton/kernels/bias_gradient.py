@@ -73,23 +73,30 @@ def add_time_gradient(
 
 @triton.jit
 def add_position_gradient(
-    gradient, offset, into, entries, KEYS: tl.constexpr, ROWS: tl.constexpr, DETERMINISTIC: tl.constexpr
-):
-    """Adds the sums along the diagonals of a (KEYS, ROWS) tile; its first entry belongs to table entry `offset`.
+    gradient, offset, into, entries, OF_KEYS: tl.constexpr, DETERMINISTIC: tl.constexpr
+):  # fmt: skip
+    """Adds the sums along the diagonals of a tile; its first entry belongs to table entry `offset`.
 
-    Column e is turned up by e, so that a row holds one diagonal (and, from where it wraps, the one KEYS below).
+    The tile is (keys, rows) where OF_KEYS, else (rows, keys), with at least as many of the first. Column e is turned
+    up by e, so that a line holds one diagonal (and, from where it wraps, the one a whole tile away).
     """
-    x = tl.arange(0, KEYS)
-    turned = x[:, None] + tl.arange(0, ROWS)[None, :]
-    sheared = tl.gather(gradient, turned & (KEYS - 1), 0)
-    direct = tl.sum(tl.where(turned < KEYS, sheared, 0.0), 1)
-    wrapped = tl.sum(tl.where(turned < KEYS, 0.0, sheared), 1)
-    place = offset + x
+    LINES: tl.constexpr = gradient.shape[0]
+    x = tl.arange(0, LINES)
+    turned = x[:, None] + tl.arange(0, gradient.shape[1])[None, :]
+    sheared = tl.gather(gradient, turned & (LINES - 1), 0)
+    direct = tl.sum(tl.where(turned < LINES, sheared, 0.0), 1)
+    wrapped = tl.sum(tl.where(turned < LINES, 0.0, sheared), 1)
+    if OF_KEYS:
+        place = offset + x
+        further = place - LINES
+    else:
+        place = offset - x
+        further = place + LINES
     if DETERMINISTIC:
         tl.debug_barrier()
     add_to(into + place, direct, (place >= 0) & (place < entries), DETERMINISTIC)
     if DETERMINISTIC:
         tl.debug_barrier()
-    add_to(into + place - KEYS, wrapped, (place >= KEYS) & (place - KEYS < entries), DETERMINISTIC)
+    add_to(into + further, wrapped, (further >= 0) & (further < entries), DETERMINISTIC)
     if DETERMINISTIC:
         tl.debug_barrier()

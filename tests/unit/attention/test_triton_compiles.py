@@ -1,0 +1,73 @@
+"""The backward kernels compile for Hopper on a machine without a GPU, and add every number of a tile once.
+
+Small blocks, as fp32 takes them, lie in all warps at once: a kernel that added from each of them was wrong on a GPU and
+right in the interpreter, which has no threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import json
+from types import SimpleNamespace
+import torch, triton, triton.language as tl
+from benchmarks.attention_compile import _Hopper, compile_kernel, make_call
+from genrec.attention.triton.configs import Config
+from tests.ptx_adds import additions, tile_elements
+
+triton.runtime.driver.set_active(_Hopper())
+
+@triton.jit
+def add_twice(x, table):
+    tile = tl.load(x + tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :])
+    tl.inline_asm_elementwise("{ red.global.add.f32 [$1], $2; mov.b32 $0, $2; }", "=r,l,r",
+                              [(table + (tile > 0).to(tl.int32)).to(tl.int64), tile], dtype=tl.float32, is_pure=False,
+                              pack=1)
+
+@triton.jit
+def add_once(x, table):
+    tile = tl.load(x + tl.arange(0, 32)[:, None] * 8 + tl.arange(0, 8)[None, :])
+    tl.atomic_add(table + (tile > 0).to(tl.int32), tile)
+
+found = {}
+def note(name, kernel, warps):
+    found[name] = additions(kernel.asm["ptx"], 32 * warps), tile_elements(kernel.asm["ttgir"])
+
+for kernel in (add_twice, add_once):
+    compiled = kernel.warmup(torch.float32, torch.float32, grid=(1,), num_warps=16)
+    note(kernel.__name__, compiled, 16)
+small = Config(32, 32, 4, 1, tma=False)
+cases = [("backward", small, "one"), ("backward_rows", small, "rows"), ("backward_tables", small, "tables")]
+for kind, config, passes in cases:
+    options = SimpleNamespace(dtype="fp32", contexts=True, targets=True, dropout=0.0, deterministic=False)
+    config = Config(config.rows, config.keys, config.warps, config.stages, config.tma, passes)
+    note(f"{kind} {passes}", compile_kernel(kind, make_call(options, 32, "both"), config), config.warps)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(util.find_spec("triton") is None, reason="Triton is not installed")
+def test_every_number_is_added_once(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment.pop("TRITON_INTERPRET", None)
+    script = tmp_path / "script.py"  # Triton reads the source of its kernels
+    script.write_text(CODE)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment,
+                          cwd=root)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # The check itself: 256 elements in 512 threads.
+    assert found.pop("add_twice") == [512, 0]
+    assert found.pop("add_once") == [256, 256]
+    assert len(found) == 3
+    for name, (made, meant) in found.items():
+        assert made == meant > 0, f"{name}: threads add {made} numbers where tiles have {meant}"
