@@ -24,6 +24,12 @@ def untraced(inputs: Sequence[Any]) -> bool:
     )
 
 
+def _trained(x: Any) -> bool:
+    if isinstance(x, list):
+        return any(_trained(part) for part in x)
+    return isinstance(x, Tensor) and x.requires_grad
+
+
 class Op:
     """A function of tensors and numbers as an op of PyTorch, called by the shortest way.
 
@@ -50,6 +56,8 @@ class Op:
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = function(*inputs)
+            if isinstance(output, list):
+                raise TypeError(f"{self._name}: a differentiable op returns a tensor or a tuple of them, not a list.")
             setup_context(ctx, inputs, output)
             return output
 
@@ -60,13 +68,11 @@ class Op:
         """The function's result, differentiable where the op is."""
         if not untraced(inputs):
             return self.registered(*inputs)
-        if torch.is_grad_enabled():
-            lists = [x for x in inputs if isinstance(x, list)]
-            if any(isinstance(x, Tensor) and x.requires_grad for part in lists for x in part):
-                return self.registered(*inputs)  # autograd functions don't look into lists
-            if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-                # Without a derivative, the op knows how to refuse one.
-                return self.registered(*inputs) if self._direct is None else self._direct.apply(*inputs)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and any(_trained(x) for x in inputs):
+            # Autograd functions don't look into lists; and without a derivative, the op knows how to refuse one.
+            if self._direct is None or any(isinstance(x, list) for x in inputs):
+                return self.registered(*inputs)
+            return self._direct.apply(*inputs)  # type: ignore[no-untyped-call]
         return self.function(*inputs)
 
 

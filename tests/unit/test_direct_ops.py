@@ -41,6 +41,14 @@ def _note_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 joined.register_autograd(lambda ctx, g: list(g.split(ctx.sizes)), setup_context=_note_sizes)
 
 
+@op("genrec_test::parted")
+def parted(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    return [part.clone() for part in x.split(sizes)]
+
+
+parted.register_autograd(lambda ctx, g: (torch.cat(g), None), setup_context=lambda ctx, inputs, output: None)
+
+
 @op("genrec_test::negated")
 def negated(x: Tensor) -> Tensor:
     return -x
@@ -85,6 +93,10 @@ def test_lists_get_their_gradients() -> None:
     found = torch.autograd.grad((joined(parts) * torch.arange(5)).sum(), parts)
     assert [x.tolist() for x in found] == [[0.0, 1.0], [2.0, 3.0, 4.0]]
     assert joined([x.detach() for x in parts]).grad_fn is None
+    x = torch.arange(5.0, requires_grad=True)
+    first, second = parted(x, [2, 3])
+    (gradient,) = torch.autograd.grad(first.sum() + 2 * second.sum(), [x])
+    assert gradient.tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
 
 
 def test_without_a_derivative_it_says_so() -> None:
