@@ -129,7 +129,7 @@ class TritonLayerOps:
                     f"Layer backend 'triton' knows fp32, bf16 and fp16, got {x.dtype}. Choose layer_backend 'torch' "
                     "or 'auto'."
                 )
-            if not x.is_cuda and not knobs.runtime.interpret:
+            if not x.is_cuda and not torch.compiler.is_compiling() and not knobs.runtime.interpret:
                 raise ValueError(
                     f"Layer backend 'triton' needs tensors on a GPU, these are on {x.device}. Move the model and its "
                     "batches there, or choose layer_backend 'torch' or 'auto'."
