@@ -347,7 +347,8 @@ def main() -> int:
                 time.sleep(0.2)
                 continue
             waiting.remove(name)
-            if not server.run(name, LIMIT[name.split(":")[0]], rows):
+            left = options.limit + 12 - (time.perf_counter() - begin)
+            if not server.run(name, min(LIMIT[name.split(":")[0]], left), rows):
                 server = Server()
         for futures in ahead.values():
             for future in futures:
