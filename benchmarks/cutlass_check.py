@@ -3,10 +3,11 @@
     python benchmarks/cutlass_check.py [--library FOLDER] [--seconds 300] [--only WORD]
 
 Loads libgenrec_attention.so (GENREC_LIBRARY_PATH, or --library), compares forward and backward with an fp32 reference
-on small jagged batches, then times full-length batches. Backward variants (csrc/attention/variants.h) are checked in
-the same way and timed beside the default kernels; one that went wrong or hung is not run again. Works in a child
-process and watches it: a kernel that hangs costs its own stage and a restart, not the run. Errors are relative:
-|x - reference| / |reference|, beside those of the same computation rounded to the kernel's dtype.
+on small jagged batches, without and with biases, then times full-length batches. Backward variants
+(csrc/attention/variants.h) are checked in the same way and timed beside the default kernels; one that went wrong or hung
+is not run again. Works in a child process and watches it: a kernel that hangs costs its own stage and a restart, not the
+run. Errors are relative: |x - reference| / |reference|, beside those of the same computation rounded to the kernel's
+dtype. `--only bias` runs what has a bias.
 """
 
 from __future__ import annotations
@@ -42,6 +43,22 @@ def stages() -> list[tuple[str, Any]]:
     found += [("backward ordered D=128", ("check", 128, CASES["mixed"], True, True))]
     found += [("backward ordered D=256", ("check", 256, CASES["causal"], True, True))]
     found += [("dims 40 and 72", ("check", (40, 72), CASES["mixed"], True, False))]
+    return found + bias_stages()
+
+
+def bias_stages() -> list[tuple[str, Any]]:
+    """The kernels with a bias: none of them has been run on a GPU before."""
+    found: list[tuple[str, Any]] = []
+    for backward in (False, True):
+        word = "backward" if backward else "forward"
+        for dim in DIMS:
+            cases = [(name, {**CASES[mask], "bias": bias}) for name, (mask, bias) in BIASES.items()]
+            found += [(f"bias {word} D={dim} {name}", ("check", dim, case, backward, False)) for name, case in cases]
+    for dim in DIMS:
+        found += [(f"bias time D={dim} S={length}", ("clock_bias", dim, length)) for length in (4096, 1024)]
+    for dim, name in ((128, "mixed ties"), (256, "causal seconds"), (64, "cached years"), (64, "dense shared")):
+        mask, bias = BIASES[name]
+        found += [(f"bias ordered D={dim} {name}", ("check", dim, {**CASES[mask], "bias": bias}, True, True))]
     return found
 
 
@@ -56,6 +73,19 @@ CASES: dict[str, dict[str, Any]] = {
     "window": {"lengths": (700, 65), "contexts": (4, 0), "targets": (9, 2), "window": 100},
     "cached": {"lengths": (60, 1, 0, 130), "kv_lengths": (400, 131, 7, 300)},
 }
+
+BIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "causal seconds": ("causal", {"digits": 3.0}),
+    "mixed ties": ("mixed", {"digits": 4.0, "tied": True}),
+    "window years": ("window", {"digits": 8.5, "asked": True}),
+    "cached years": ("cached", {"digits": 8.5}),
+    "full milliseconds": ("one full tile", {"digits": 12.0}),
+    "few buckets": ("causal", {"digits": 5.0, "buckets": 8, "position": False}),
+    "position alone": ("mixed", {"buckets": 0}),
+    "dense": ("mixed", {"dense_heads": 2}),
+    "dense shared": ("cached", {"dense_heads": 1}),
+}
+"""Mask, and bias: gaps between events reach 10 ** digits."""
 
 
 def main() -> int:
@@ -183,7 +213,53 @@ def inputs(dim: int | tuple[int, int], case: dict[str, Any], dtype: Any) -> dict
     if "kv_lengths" in case:
         options |= {"kv_offsets": offsets[1], "max_kv_len": max(kv_lengths)}
     d_out = normal(sum(lengths), v_dim).detach()
+    if "bias" in case:
+        options["bias"] = make_bias(lengths, kv_lengths, draw, **case["bias"])
     return {"q": q, "k": k, "v": v, "offsets": offsets[0], "longest": max(lengths), "options": options, "d_out": d_out}
+
+
+def make_bias(
+    lengths: tuple[int, ...],
+    kv_lengths: tuple[int, ...],
+    draw: Any,
+    digits: float = 0.0,
+    buckets: int = 129,
+    position: bool = True,
+    tied: bool = False,
+    asked: bool = False,
+    dense_heads: int = 0,
+) -> Any:
+    """A dense bias, or a relative one with times that rise within each sequence."""
+    import torch
+
+    from genrec.attention import RelativeBias
+
+    def table(*shape: int) -> Any:
+        return torch.randn(*shape, generator=draw, device="cuda").requires_grad_()
+
+    if dense_heads > 0:
+        return table(len(lengths), dense_heads, max(lengths), max(kv_lengths))
+    rows = sum(kv_lengths)
+    gaps = (10 ** (torch.rand(rows, generator=draw, device="cuda", dtype=torch.float64) * digits)).long()
+    if tied:
+        gaps = gaps * (torch.rand(rows, generator=draw, device="cuda") < 0.4)
+    times = torch.cat([part.cumsum(0) for part in gaps.split(kv_lengths)]) + 1_000_000_000
+    later = None
+    if asked:
+        last = [part[len(part) - n :] for part, n in zip(times.split(kv_lengths), lengths, strict=True)]
+        later = torch.cat(last) + torch.randint(0, 100_000, (sum(lengths),), generator=draw, device="cuda")
+    return RelativeBias(table(2 * max(kv_lengths) + 3) if position else None, table(buckets) if buckets > 0 else None,
+                        times, later)  # fmt: skip
+
+
+def trained(bias: Any) -> dict[str, Any]:
+    """The bias's tensors that have gradients, by name."""
+    import torch
+
+    if bias is None or isinstance(bias, torch.Tensor):
+        return {} if bias is None else {"dense": bias}
+    tables = {"position": bias.position_weight, "time": bias.time_weight}
+    return {name: table for name, table in tables.items() if table is not None}
 
 
 def _sums(lengths: tuple[int, ...]) -> list[int]:
@@ -198,6 +274,7 @@ def check(name: str, dim: int | tuple[int, int], case: dict[str, Any], backward:
 
     given = inputs(dim, case, torch.bfloat16)
     leaves = [given[key] for key in "qkv"]
+    tables = trained(given["options"].get("bias"))
     wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
 
     def run(tensors: list[Any], backend: str) -> list[Any]:
@@ -206,21 +283,29 @@ def check(name: str, dim: int | tuple[int, int], case: dict[str, Any], backward:
                                  deterministic=ordered, **given["options"])  # fmt: skip
         if not backward:
             return [out]
-        return list(torch.autograd.grad(out, tensors, given["d_out"].to(out.dtype)))
+        return list(torch.autograd.grad(out, [*tensors, *tables.values()], given["d_out"].to(out.dtype)))
 
     wanted = run(wide, "torch")
     found = run(leaves, "cutlass")
     torch.cuda.synchronize()
     again = run(leaves, "cutlass")
     words, good = [], True
-    for label, x, y, reference in zip(("dq", "dk", "dv") if backward else ("out",), found, again, wanted, strict=True):
+    labels = ("dq", "dk", "dv", *tables) if backward else ("out",)
+    for label, x, y, reference in zip(labels, found, again, wanted, strict=True):
         error = ((x.float() - reference).norm() / reference.norm()).item()
         same = torch.equal(x, y)
-        good = good and error < 0.01 and (same or (label == "dq" and not ordered))
+        good = good and error < 0.01 and (same or (label not in ("dk", "dv", "out") and not ordered))
         words.append(f"{label} {error:.2e}{'' if same else ' (not repeated bit by bit)'}")
         if not error < 0.01:
-            words.append(_where(x.float(), reference))
+            words.append(_where(x.float(), reference) if x.dim() == 3 else _first_bad(x, reference))
     return f"{'ok ' if good else 'BAD'} {name}: " + ", ".join(words)
+
+
+def _first_bad(x: Any, reference: Any) -> str:
+    """Of a table or a dense bias: how many entries are off, and the first of them."""
+    bad = ((x - reference).abs() > 0.02 * reference.abs().max()).nonzero()
+    first = [(tuple(i), round(x[tuple(i)].item(), 4), round(reference[tuple(i)].item(), 4)) for i in bad[:6].tolist()]
+    return f"[bad {len(bad)} of {x.numel()}; {first}]"
 
 
 def _where(x: Any, reference: Any) -> str:
@@ -301,6 +386,39 @@ def clock(name: str, dim: int, length: int) -> str:
             f"backward {back:.3f} ms {2.5 * work / back * 1e3:.0f} TFLOP/s")  # fmt: skip
 
 
+def clock_bias(name: str, dim: int, length: int) -> str:
+    """As `clock`, without a bias, with a relative one (gaps of up to a day) and, where it fits, with a dense one."""
+    import torch
+
+    from genrec.attention import hstu_attention
+
+    heads, batch = 4, 131072 // length
+    q, k, v, d_out = (torch.randn(batch * length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    offsets = torch.arange(batch + 1, device="cuda") * length
+    draw = torch.Generator(device="cuda").manual_seed(1)
+    lengths = (length,) * batch
+    biases = {"none": None, "relative": make_bias(lengths, lengths, draw, digits=5.0)}
+    biases["position"] = make_bias(lengths, lengths, draw, buckets=0)
+    if length <= 1024:
+        biases["dense"] = make_bias(lengths, lengths, draw, dense_heads=1)
+    words, plain = [], (1.0, 1.0)
+    for label, bias in biases.items():
+
+        def forward(bias: Any = bias) -> Any:
+            return hstu_attention(*leaves, offsets, length, alpha=dim**-0.5, scale=1 / length, bias=bias,
+                                  backend="cutlass")  # fmt: skip
+
+        out, wanted = forward(), [*leaves, *trained(bias).values()]
+        with torch.no_grad():
+            ahead = median(forward)
+        back = median(lambda out=out, wanted=wanted: torch.autograd.grad(out, wanted, d_out, retain_graph=True))
+        plain = (ahead, back) if bias is None else plain
+        words.append(f"{label} forward {ahead:.3f} ms ({ahead / plain[0]:.2f}) backward {back:.3f} ms "
+                     f"({back / plain[1]:.2f})")  # fmt: skip
+    return f"    {name} B={batch}: " + ", ".join(words)
+
+
 def median(function: Any, times: int = 15) -> float:
     """Milliseconds, by events, after three calls to warm up."""
     import torch
@@ -320,7 +438,7 @@ def median(function: Any, times: int = 15) -> float:
     return sorted(start.elapsed_time(end) for start, end in spans)[times // 2]
 
 
-KINDS: dict[str, Any] = {"check": check, "variant": check_variant, "time": clock}
+KINDS: dict[str, Any] = {"check": check, "variant": check_variant, "time": clock, "clock_bias": clock_bias}
 
 if __name__ == "__main__":
     sys.exit(main())

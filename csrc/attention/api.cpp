@@ -50,7 +50,7 @@ const VariantInstance kVariants[] = {
 #define GENREC_VARIANT_INSTANCE(name, dtype, dim, mask) variant_##name##_##dtype##_##dim##_##mask(),
 #include "variant.inc"
 #undef GENREC_VARIANT_INSTANCE
-    {"", {"", 0, false, Bias::kNone, {0, 0, 0}, nullptr, nullptr}}};
+    {"", {"", 0, false, Bias::kNone, {0, 0, 0, 0}, nullptr, nullptr, nullptr}}};
 
 const char* const kVariantNames[] = {
 #define GENREC_VARIANT(name) #name,
@@ -246,18 +246,35 @@ int blocks_for(int64_t tiles, int heads, int most) {
   return static_cast<int>(units < most ? units : most);
 }
 
-// The backward pass's memory: counters, the order of sums, the sums.
+// The backward pass's memory: counters, the order of sums, the sums of dQ and of the tables.
 struct BackwardMemory {
-  int64_t turns_at, sum_at, bytes;
+  int64_t turns_at, sum_at, position_at, time_at, bytes;
+  int position_entries, time_entries, copies;
 
-  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic) {
+  // `blocks`: of the kernel's launch.
+  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, int blocks) {
     const Backward one = find_backward(p);
     const int64_t tiles = shape.capacity[one.queries] * p.heads;
     turns_at = 64;
-    sum_at = turns_at + (deterministic ? (tiles * 2 * 4 + 63) / 64 * 64 : 0);
-    bytes = sum_at + tiles * shape.size[one.queries] * one.kernel.dim * 4;
+    sum_at = turns_at + (deterministic ? aligned(tiles * 2 * 4) : 0);
+    position_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
+    copies = blocks * one.kernel.blocks.tables;
+    position_entries = p.bias.d_position == nullptr || p.bias.position == nullptr ? 0 : 2 * p.bias.max_positions - 1;
+    time_entries = p.bias.d_time == nullptr || p.bias.time == nullptr ? 0 : p.bias.buckets;
+    time_at = position_at + aligned(int64_t{copies} * position_entries * 4);
+    bytes = time_at + aligned(int64_t{copies} * time_entries * 4);
   }
+
+ private:
+  static int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
 };
+
+// Blocks of the backward kernel's launch; -1 on errors.
+int backward_blocks(const genrec_attention_problem& p, const PlanShape& shape) {
+  int most = 0;
+  if (multiprocessors(&most) != 0) return -1;
+  return blocks_for(shape.capacity[find_backward(p).keys], p.heads, most);
+}
 
 std::string list_instances() {
   std::string lines;
@@ -323,7 +340,10 @@ int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem
                                          int32_t deterministic) {
   if (check_problem(problem, backward != 0) != 0) return -1;
   if (!backward) return 64;
-  return BackwardMemory(*problem, plan_shape(*problem), deterministic != 0).bytes;
+  const PlanShape shape = plan_shape(*problem);
+  // Without tables it doesn't depend on the device.
+  const int blocks = bias_kind(*problem) == Bias::kRelative ? backward_blocks(*problem, shape) : 0;
+  return blocks < 0 ? -1 : BackwardMemory(*problem, shape, deterministic != 0, blocks).bytes;
 }
 
 int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
@@ -372,8 +392,9 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
       encode(&params.d_out, "d_out", p, d_out, p.query_rows, p.v_dim, one.dim, one.blocks.queries) != 0 ||
       multiprocessors(&most) != 0)
     return -1;
+  const int blocks = blocks_for(shape.capacity[key_list], p.heads, most);
   const auto on = static_cast<cudaStream_t>(stream);
-  const BackwardMemory memory(p, shape, deterministic != 0);
+  const BackwardMemory memory(p, shape, deterministic != 0, blocks);
   char* base = static_cast<char*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.bytes), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
@@ -382,10 +403,22 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   params.dv = output(dv, p.v_dim);
   params.dq_sum = reinterpret_cast<float*>(base + memory.sum_at);
   params.turns = deterministic ? reinterpret_cast<int*>(base + memory.turns_at) : nullptr;
+  BiasParams bias = bias_params(p.bias);
+  const SumParams position{reinterpret_cast<float*>(base + memory.position_at), memory.copies, memory.position_entries,
+                           p.bias.d_position};
+  const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,
+                       p.bias.d_time};
+  if (position.entries > 0) bias.relative.position_sums = const_cast<float*>(position.copies);
+  if (time.entries > 0) bias.relative.time_sums = const_cast<float*>(time.copies);
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
-    error = one.launch(params, pass, blocks_for(shape.capacity[key_list], p.heads, most), on);
+    error = one.launch(params, bias, pass, blocks, on);
     if (error != cudaSuccess) return fail("backward_kernel", error);
+  }
+  for (const SumParams* table : {&position, &time}) {
+    if (table->entries == 0 || one.sum_tables == nullptr) continue;
+    error = one.sum_tables(*table, on);
+    if (error != cudaSuccess) return fail("sum_tables_kernel", error);
   }
   const ConvertParams convert{common(p, nullptr), shape.list(plan, query_list), params.dq_sum,
                               output(dq, p.qk_dim)};

@@ -7,9 +7,13 @@
 // (red.add of 16 bytes in register order: dq.h puts it in order, scaled and rounded, at the end).
 //
 // Hidden pairs get P = dS = 0, rows and columns beyond the sequence among them.
+//
+// With a relative bias three more warps of the loading thread's warpgroup work: one prepares the bias of each tile of
+// queries (bias.h), two sum the gradients of its tables (bias_gradient.h).
 #pragma once
 
 #include "attention/barriers.h"
+#include "attention/bias_gradient.h"
 #include "attention/mma.h"
 
 namespace genrec::attention {
@@ -18,12 +22,14 @@ namespace genrec::attention {
 // is one product more than the five of a single pass, at wgmma shapes that shared memory can feed.
 enum class Part { kAll, kValues, kKeysAndQueries };
 
-template <class Element_, int D_, bool kCausal_, Part kPart_>
+template <class Element_, int D_, bool kCausal_, Part kPart_, Bias kBias_ = Bias::kNone>
 struct BackwardShape {
   using Element = Element_;
   static constexpr int D = D_;
   static constexpr bool kCausal = kCausal_;
   static constexpr Part kPart = kPart_;
+  static constexpr Bias kBias = kBias_;
+  static constexpr bool kRelative = kBias == Bias::kRelative;
   static constexpr bool kGivesValues = kPart != Part::kKeysAndQueries, kGivesKeys = kPart != Part::kValues;
   static constexpr int kConsumers = 2;
   static constexpr int kKeys = 128;
@@ -31,7 +37,7 @@ struct BackwardShape {
   static constexpr int kQueryStages = D == 256 && kGivesKeys ? 1 : 2;
   static constexpr int kScoreBuffers = !kGivesKeys ? 0 : D == 256 ? 1 : 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kRelative ? 40 : 24, kConsumerRegisters = kRelative ? 232 : 240;
   // dQ of a tile of queries: 64 rows go to both warpgroups by halves of the columns, 128 by halves of the rows.
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? D / 2 : D;
@@ -51,6 +57,17 @@ struct BackwardShape {
       cute::Layout<cute::conditional_t<kSplitColumns, cute::Shape<cute::_1, cute::_2, cute::_1>,
                                        cute::Shape<cute::_2, cute::_1, cute::_1>>>{}));
 
+  using Params = cute::conditional_t<kBias == Bias::kNone, BackwardParams, BiasedParams<BackwardParams, kBias>>;
+  using BiasTile = genrec::attention::BiasTile<kKeys, kQueries>;
+  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kKeys, kQueries, 2>, NoBiasMemory>;
+  // The tables' gradients come of dS in shared memory: of the pass that has it.
+  static constexpr bool kSumsTables = kRelative && kGivesKeys;
+  static constexpr int kGradientWarps = !kSumsTables ? 0 : D == 256 ? 1 : 2;
+  static constexpr int kHistogramColumns = D == 256 ? 16 : 32;
+  using Gradient = cute::conditional_t<
+      kSumsTables, GradientMemory<kSumsTables ? kGradientWarps : 1, kHistogramColumns, kSumsTables ? kScoreBuffers : 1>,
+      NoBiasMemory>;
+
   struct Work {
     TileRecord tile;
     int head;
@@ -66,20 +83,47 @@ struct BackwardShape {
     Ring<kQueryStages> q_ring, d_out_ring;
     Ring<2> work_ring;
     Work work[2];
+    BiasMemory bias;
+    Gradient gradient;
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
 
+// Whether warps sum the gradients of the tables.
 template <class Shape>
-__device__ inline void backward_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+__device__ inline bool sums_tables(const typename Shape::Params& p) {
+  if constexpr (Shape::kSumsTables) return p.bias.position_sums != nullptr || p.bias.time_sums != nullptr;
+  return false;
+}
+
+// Every unit comes off the counter; but sums of tables that repeat bit by bit need the same units in the same block, too:
+// each takes every gridDim-th.
+template <class Shape>
+__device__ inline int next_unit(const typename Shape::Params& p, int unit) {
+  if constexpr (Shape::kRelative) {
+    if (p.turns != nullptr) return unit + static_cast<int>(gridDim.x);
+  }
+  return add_atomically(p.common.counter, 1);
+}
+
+template <class Shape>
+__device__ inline int first_unit(const typename Shape::Params& p) {
+  if constexpr (Shape::kRelative) {
+    if (p.turns != nullptr) return static_cast<int>(blockIdx.x);
+  }
+  return add_atomically(p.common.counter, 1);
+}
+
+template <class Shape>
+__device__ inline void backward_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
   constexpr int D = Shape::D;
   Place<2> work(1);
   Place<1> keys(1);
   Place<Shape::kQueryStages> q(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
-  // Every unit comes off the counter: with ordered sums a block may wait for units taken before its own, never after.
-  for (int w = add_atomically(p.common.counter, 1);; work.next(), keys.next()) {
+  // With ordered sums a block may wait for units taken before its own, never after.
+  for (int w = first_unit<Shape>(p);; work.next(), keys.next()) {
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -88,7 +132,7 @@ __device__ inline void backward_produce(const BackwardParams& p, typename Shape:
     }
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
-    w = add_atomically(p.common.counter, 1);
+    w = next_unit<Shape>(p, w);
     shared.work[work.stage] = {tile, unit.head};
     shared.work_ring.full[work.stage].arrive();
 
@@ -123,6 +167,31 @@ __device__ inline void backward_produce(const BackwardParams& p, typename Shape:
     if (Shape::kGivesKeys && count == 0) {
       shared.v_ring.empty[0].wait(keys.parity);
       shared.v_ring.full[0].arrive();
+    }
+  }
+}
+
+// The warp that prepares the bias of query tiles.
+template <class Shape>
+__device__ inline void backward_prepare_bias(const typename Shape::Params& p, typename Shape::Shared& shared) {
+  if constexpr (Shape::kRelative) {
+    Place<2> work(0), place(1);
+    for (;; work.next()) {
+      shared.work_ring.full[work.stage].wait(work.parity);
+      const TileRecord tile = shared.work[work.stage].tile;
+      release(shared.work_ring.empty[work.stage]);
+      if (tile.sequence < 0) return;
+      const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+      const TileRanges ranges =
+          mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries);
+      const BiasWriter<false, Shape::kKeys, Shape::kQueries> writer(p.bias, shared.bias.buckets, tile);
+      const int count = ranges.count();
+      CUTE_NO_UNROLL
+      for (int i = 0; i < count; ++i, place.next()) {
+        shared.bias.ring.empty[place.stage].wait(place.parity);
+        writer.write(shared.bias.tiles[place.stage], ranges.tile(i) * Shape::kQueries);
+        release(shared.bias.ring.full[place.stage]);
+      }
     }
   }
 }
@@ -212,7 +281,7 @@ struct BackwardConsumer {
   static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
   static constexpr int kScores = kQueries / 2;  // elements of S^T that a thread holds
 
-  const BackwardParams& p;
+  const typename Shape::Params& p;
   Shared& shared;
   const int warpgroup;
   const Lane lane;
@@ -220,8 +289,11 @@ struct BackwardConsumer {
   Place<1> keys{0};
   Place<Shape::kQueryStages> q{0};
   int buffer = 0;
+  Place<2> bias{0};
+  Place<Shape::kScoreBuffers == 1 ? 1 : 2> ds_place{1};  // of dS, where tables are summed
+  int64_t times[2] = {0, 0};                             // of the thread's two keys
 
-  __device__ BackwardConsumer(const BackwardParams& params, Shared& memory, int group)
+  __device__ BackwardConsumer(const typename Shape::Params& params, Shared& memory, int group)
       : p(params), shared(memory), warpgroup(group) {}
 
   __device__ void run() {
@@ -232,6 +304,11 @@ struct BackwardConsumer {
       release(shared.work_ring.empty[work.stage]);
       if (tile.sequence < 0) return;
       const KeyTile<Shape> key_tile(tile, p.common.rule, warpgroup, lane);
+      if constexpr (Shape::kRelative) {
+        const TileTimes<false> all(p.bias, tile);
+        for (int half = 0; half < 2 && p.bias.time != nullptr; ++half)
+          times[half] = all.fixed(tile.first + 64 * warpgroup + lane.row() + 8 * half);
+      }
       shared.k_ring.full[0].wait(keys.parity);
       if constexpr (Shape::kGivesKeys) {
         one_pass(key_tile, head);
@@ -272,6 +349,33 @@ struct BackwardConsumer {
     store_rows<Element>(acc, factor, out, int64_t{tile.key_start} + first, head, 0, tile.keys - first);
   }
 
+  // Scores of query tile m to h = (alpha score + bias) / 2.
+  template <class Scores>
+  __device__ void add_bias(Scores& scores, const KeyTile<Shape>& key_tile, int m, int head) {
+    const TileRecord& tile = key_tile.tile;
+    const int row = 64 * warpgroup + lane.row();
+    if constexpr (Shape::kRelative) {
+      shared.bias.ring.full[bias.stage].wait(bias.parity);
+      add_relative_bias(scores, p.common.half_alpha, shared.bias.tiles[bias.stage], shared.bias.buckets, row,
+                        lane.column(), times[0], times[1],
+                        [&](int column) { return TileTimes<false>(p.bias, tile).streamed(m * kQueries + column); });
+      release(shared.bias.ring.empty[bias.stage]);
+      bias.next();
+    } else if constexpr (Shape::kBias == Bias::kDense) {
+      add_dense_bias<false>(scores, p.common.half_alpha, p.bias, tile.sequence, head, m * kQueries + lane.column(),
+                            tile.first + row, tile.queries, tile.keys);
+    }
+  }
+
+  __device__ float silu_of(float score) const {
+    return Shape::kBias == Bias::kNone ? silu(score, p.common.half_alpha) : silu_of_half(score);
+  }
+
+  __device__ SiluAndDerivative silu_and_derivative_of(float score) const {
+    return Shape::kBias == Bias::kNone ? silu_and_derivative(score, p.common.half_alpha)
+                                       : silu_and_derivative_of_half(score);
+  }
+
   // dV alone: as the forward pass, with keys in the place of queries.
   __device__ void values_only(const KeyTile<Shape>& key_tile, int head) {
     using namespace cute;
@@ -286,8 +390,9 @@ struct BackwardConsumer {
     clear(dv);
     auto weights = make_operand<Element, kQueries>();
     const auto to_weights = [&](auto& scores, int i) {
+      add_bias(scores, key_tile, key_tile.ranges.tile(i), head);
       CUTE_UNROLL
-      for (int e = 0; e < kScores; ++e) scores(e) = silu(scores(e), p.common.half_alpha);
+      for (int e = 0; e < kScores; ++e) scores(e) = silu_of(scores(e));
       key_tile.template apply<kScores>(key_tile.ranges.tile(i), lane.column(), [&](int e) { scores(e) = 0.f; });
     };
     const int count = key_tile.ranges.count();
@@ -358,13 +463,14 @@ struct BackwardConsumer {
       shared.d_out_ring.full[q.stage].wait(q.parity);
       issue_product<true>(score_mma, v_tile(_, _, _, 0), d_out_tile(_, _, _, q.stage), d_weights);
       wait_for<1>(scores);
+      add_bias(scores, key_tile, m, head);
 
       auto weights = make_operand<Element, kQueries>();
       if constexpr (Shape::kGivesValues) {
         Tensor values = make_fragment_like(scores);
         CUTE_UNROLL
         for (int e = 0; e < kScores; ++e) {
-          const SiluAndDerivative s = silu_and_derivative(scores(e), p.common.half_alpha);
+          const SiluAndDerivative s = silu_and_derivative_of(scores(e));
           values(e) = s.value;
           scores(e) = s.derivative;
         }
@@ -375,7 +481,7 @@ struct BackwardConsumer {
       } else {
         CUTE_UNROLL
         for (int e = 0; e < kScores; ++e) {
-          scores(e) = silu_and_derivative(scores(e), p.common.half_alpha).derivative;
+          scores(e) = silu_and_derivative_of(scores(e)).derivative;
         }
         key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
         wait_for<0>(d_weights);
@@ -385,10 +491,20 @@ struct BackwardConsumer {
       CUTE_UNROLL
       for (int e = 0; e < kScores; ++e) d_weights(e) *= scores(e);
       convert<Element>(d_weights, ds);
+      if constexpr (Shape::kBias == Bias::kDense) give_dense_gradient(d_weights, key_tile.tile, m, head);
       // One buffer: the other warpgroup's dQ of the tile before must have read it. Two buffers: its dQ of two tiles
       // ago was complete before it came to the barrier of the last tile, which this one has passed too.
       if (Shape::kScoreBuffers == 1 && buffer > 0) sync_threads(kDsRead, 256);
+      if constexpr (Shape::kSumsTables) {
+        if (sums_tables<Shape>(p)) shared.gradient.ds_ring.empty[ds_place.stage].wait(ds_place.parity);
+      }
       write_scores<kKeys, kQueries>(ds, shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1], 64 * warpgroup, 0, lane);
+      if constexpr (Shape::kSumsTables) {
+        if (sums_tables<Shape>(p)) {
+          release(shared.gradient.ds_ring.full[ds_place.stage]);
+          ds_place.next();
+        }
+      }
       sync_threads(kDsWritten, 256);
 
       const auto ds_tile = operand_a(dq_slice, 
@@ -413,6 +529,28 @@ struct BackwardConsumer {
     if constexpr (Shape::kGivesValues) store(dv, scale, p.dv, key_tile.tile, head);
   }
 
+  // dS * scale, each pair once; shared by the heads, they add.
+  template <class Ds>
+  __device__ void give_dense_gradient(const Ds& ds, const TileRecord& tile, int m, int head) const {
+    const DenseBias& b = p.bias;
+    if (b.gradient == nullptr) return;
+    const float scale = scale_of(tile);
+    const int query = m * kQueries + lane.column(), key = tile.first + 64 * warpgroup + lane.row();
+    const bool add = b.gradient_head_stride == 0 && p.common.heads > 1;
+    float* to = b.gradient + tile.sequence * b.gradient_batch_stride + head * b.gradient_head_stride;
+    CUTE_UNROLL
+    for (int e = 0; e < kScores; ++e) {
+      const int i = query + element_column(e), j = key + element_row(e);
+      if (i >= tile.queries || j >= tile.keys) continue;
+      float* where = to + i * b.gradient_row_stride + j;
+      if (add) {
+        add_to_global(where, ds(e) * scale);
+      } else {
+        *where = ds(e) * scale;
+      }
+    }
+  }
+
   template <class Dq>
   __device__ void gather(const Dq& dq, const KeyTile<Shape>& key_tile, int m, int head) const {
     const TileRecord& tile = key_tile.tile;
@@ -430,7 +568,7 @@ struct BackwardConsumer {
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ typename Shape::Params p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -439,15 +577,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
     shared.v_ring.init(kArrivals);
     shared.q_ring.init(kArrivals);
     shared.d_out_ring.init(kArrivals);
-    shared.work_ring.init(kArrivals);
+    const int summing = sums_tables<Shape>(p) ? Shape::kGradientWarps : 0;
+    shared.work_ring.init(kArrivals + Shape::kRelative + summing);
+    if constexpr (Shape::kRelative) shared.bias.ring.init(kArrivals + summing);
+    if constexpr (Shape::kSumsTables) shared.gradient.ds_ring.init(Shape::kGradientWarps, kArrivals);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
   }
+  if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias);
   sync_block(Shape::kThreads);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) backward_produce<Shape>(p, shared);
+    if (Shape::kRelative && threadIdx.x / 32 == 1) backward_prepare_bias<Shape>(p, shared);
+    if constexpr (Shape::kSumsTables) {
+      const int warp = uniform(threadIdx.x / 32);
+      if (warp >= 2 && warp < 2 + Shape::kGradientWarps && sums_tables<Shape>(p))
+        BiasGradientWarp<Shape>(p, shared, warp - 2).run();
+    }
   } else {
     take_registers<Shape::kConsumerRegisters>();
     BackwardConsumer<Shape>(p, shared, warpgroup - 1).run();

@@ -7,26 +7,37 @@
 namespace genrec::attention {
 
 template <class Shape>
-cudaError_t launch_backward(const BackwardParams& params, int blocks, cudaStream_t stream) {
-  return launch_kernel(backward_kernel<Shape>, params, blocks, Shape::kThreads, sizeof(typename Shape::Shared), stream);
+cudaError_t launch_backward(const BackwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
+  return launch_kernel(backward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
+                       sizeof(typename Shape::Shared), stream);
 }
 
-template <class Element, int D, bool kCausal>
+template <int kThreads>
+cudaError_t sum_tables(const SumParams& params, cudaStream_t stream) {
+  sum_tables_kernel<kThreads><<<divide_up(params.entries, 32), kThreads, kThreads * sizeof(float), stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <class Element, int D, bool kCausal, Bias kBias>
 BackwardInstance backward_instance(const char* dtype) {
   constexpr bool kTwice = D == 256;
-  using First = BackwardShape<Element, D, kCausal, kTwice ? Part::kKeysAndQueries : Part::kAll>;
-  using Second = BackwardShape<Element, D, kCausal, kTwice ? Part::kValues : Part::kAll>;
+  using First = BackwardShape<Element, D, kCausal, kTwice ? Part::kKeysAndQueries : Part::kAll, kBias>;
+  using Second = BackwardShape<Element, D, kCausal, kTwice ? Part::kValues : Part::kAll, kBias>;
   // Both passes use one plan and one set of copy-engine boxes.
   static_assert(First::kKeys == Second::kKeys && First::kQueries == Second::kQueries, "passes differ in their tiles");
-  return {dtype, D, kCausal, Bias::kNone, {First::kQueries, First::kKeys, kTwice ? 2 : 1},
-          [](const BackwardParams& params, int pass, int blocks, cudaStream_t stream) {
-            return pass == 0 ? launch_backward<First>(params, blocks, stream)
-                             : launch_backward<Second>(params, blocks, stream);
-          },
-          [](const ConvertParams& params, int blocks, cudaStream_t stream) {
-            convert_dq_kernel<First><<<blocks, 256, 0, stream>>>(params);
-            return cudaGetLastError();
-          }};
+  BackwardInstance one{};
+  one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = kBias;
+  one.blocks = {First::kQueries, First::kKeys, kTwice ? 2 : 1, First::kGradientWarps};
+  one.launch = [](const BackwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
+    return pass == 0 ? launch_backward<First>(params, bias, blocks, stream)
+                     : launch_backward<Second>(params, bias, blocks, stream);
+  };
+  one.convert = [](const ConvertParams& params, int blocks, cudaStream_t stream) {
+    convert_dq_kernel<First><<<blocks, 256, 0, stream>>>(params);
+    return cudaGetLastError();
+  };
+  if constexpr (First::kSumsTables) one.sum_tables = sum_tables<kSumThreads>;
+  return one;
 }
 
 }  // namespace genrec::attention
@@ -34,6 +45,6 @@ BackwardInstance backward_instance(const char* dtype) {
 #define GENREC_BACKWARD(dtype, dim, mask, bias)                                           \
   namespace genrec::attention {                                                           \
   BackwardInstance backward_##dtype##_##dim##_##mask##_##bias() {                         \
-    return backward_instance<dtype, dim, kMask_##mask>(#dtype);                           \
+    return backward_instance<dtype, dim, kMask_##mask, kBias_##bias>(#dtype);             \
   }                                                                                       \
   }

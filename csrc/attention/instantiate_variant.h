@@ -9,15 +9,16 @@ namespace genrec::attention {
 
 template <class Shape>
 BackwardInstance variant_instance(const char* dtype) {
-  return {dtype, Shape::D, Shape::kCausal, Bias::kNone, {Shape::kQueries, Shape::kKeys, 1},
-          [](const BackwardParams& params, int, int blocks, cudaStream_t stream) {
+  return {dtype, Shape::D, Shape::kCausal, Bias::kNone, {Shape::kQueries, Shape::kKeys, 1, 0},
+          [](const BackwardParams& params, const BiasParams&, int, int blocks, cudaStream_t stream) {
             return launch_kernel(pipelined_backward_kernel<Shape, ConsumerOf<Shape>>, params, blocks, Shape::kThreads,
                                  sizeof(typename Shape::Shared), stream);
           },
           [](const ConvertParams& params, int blocks, cudaStream_t stream) {
             convert_dq_kernel<Shape><<<blocks, 256, 0, stream>>>(params);
             return cudaGetLastError();
-          }};
+          },
+          nullptr};
 }
 
 }  // namespace genrec::attention

@@ -12,12 +12,20 @@ struct ForwardBlocks {
 
 struct BackwardBlocks {
   int queries, keys, passes;
+  int tables;  // copies of the tables' gradients that each block sums
 };
 
 // What of it counts depends on the instance's bias.
 struct BiasParams {
   RelativeBias relative;
   DenseBias dense;
+};
+
+// table[e] = the sum of `count` copies' entries e.
+struct SumParams {
+  const float* copies;
+  int count, entries;
+  float* table;
 };
 
 struct ForwardInstance {
@@ -36,8 +44,10 @@ struct BackwardInstance {
   Bias bias;
   BackwardBlocks blocks;
   // `pass` counts from 0; each needs a counter of its own.
-  cudaError_t (*launch)(const BackwardParams&, int pass, int blocks, cudaStream_t);
+  cudaError_t (*launch)(const BackwardParams&, const BiasParams&, int pass, int blocks, cudaStream_t);
   cudaError_t (*convert)(const ConvertParams&, int blocks, cudaStream_t);
+  // Null without tables.
+  cudaError_t (*sum_tables)(const SumParams&, cudaStream_t);
 };
 
 struct VariantInstance {

@@ -1,9 +1,9 @@
 // Work lists: a batch cut into tiles of rows, those of the longest sequences first.
 //
 // A persistent kernel's blocks take tiles off a list until it is empty, so that long sequences start early and short
-// ones fill the gaps. A list is built on the device (lengths are never read by the host), by three phases with a
-// block-wide barrier between them. Each phase is a function of (thread, threads): the host runs them one thread after
-// the other (tests/schedule_test.cpp).
+// ones fill the gaps. A list is built on the device (lengths are never read by the host), by phases with a block-wide
+// barrier between them. Each phase is a function of (thread, threads): the host runs them one thread after the other
+// (tests/schedule_test.cpp). A batch has one list, the same in every run: sums of a fixed order count on it.
 #pragma once
 
 #include <cstdint>
@@ -31,12 +31,13 @@ struct Batch {
 
 enum class ListKind : int { kQueries = 0, kKeys = 1 };
 
-constexpr int kLengthBuckets = 1024;
+constexpr int kLengthBuckets = 1024, kMostListThreads = 1024;
 
 // Scratch memory of one list, shared by the threads that build it.
 struct ListScratch {
   int tiles[kLengthBuckets];   // tiles of all sequences of a bucket
   int cursor[kLengthBuckets];  // where the bucket's next sequence goes
+  int chunk[kMostListThreads];  // tiles of the sequences that are written at the same time, one a thread
 };
 
 GENREC_HOST_DEVICE inline int add_atomically(int* where, int value) {
@@ -75,24 +76,41 @@ GENREC_HOST_DEVICE inline int list_phase_sum(ListScratch& scratch) {
   return before;
 }
 
+// Sequences are written in chunks of one a thread, from sequence `first` on, by three phases. This one counts.
+GENREC_HOST_DEVICE inline void list_phase_chunk(ListScratch& scratch, const Batch& batch, ListKind kind, int size,
+                                                int first, int thread) {
+  scratch.chunk[thread] = first + thread < batch.sequences ? tiles_of(batch, first + thread, kind, size) : 0;
+}
+
+// Writes behind the chunk's earlier sequences of the same bucket.
+//
 // Query tiles of a sequence go last one first: under a causal mask it has most to do. Key tiles go first one first, for
 // the same reason, and because a deterministic backward pass lets tile n wait for tiles before n only: those are taken
 // off the list before it, hence never wait for it.
-GENREC_HOST_DEVICE inline void list_phase_write(ListScratch& scratch, const Batch& batch, ListKind kind, int size,
-                                                TileRecord* list, int thread, int threads) {
-  for (int b = thread; b < batch.sequences; b += threads) {
-    const int tiles = tiles_of(batch, b, kind, size);
-    if (tiles <= 0) continue;
-    const int start = add_atomically(&scratch.cursor[length_bucket(tiles)], tiles);
-    const int query_start = batch.query_offsets[b], key_start = batch.key_offsets[b];
-    TileRecord record{b, 0, query_start, batch.query_offsets[b + 1] - query_start, key_start,
-                      batch.key_offsets[b + 1] - key_start, batch.contexts ? batch.contexts[b] : 0,
-                      batch.targets ? batch.targets[b] : 0};
-    for (int t = 0; t < tiles; ++t) {
-      record.first = (kind == ListKind::kQueries ? tiles - 1 - t : t) * size;
-      list[start + t] = record;
-    }
+GENREC_HOST_DEVICE inline void list_phase_write(const ListScratch& scratch, const Batch& batch, ListKind kind, int size,
+                                                TileRecord* list, int first, int thread) {
+  const int b = first + thread, tiles = scratch.chunk[thread];
+  if (tiles <= 0) return;
+  const int bucket = length_bucket(tiles);
+  int start = scratch.cursor[bucket];
+  for (int t = 0; t < thread; ++t) {
+    const int others = scratch.chunk[t];
+    if (others > 0 && length_bucket(others) == bucket) start += others;
   }
+  const int query_start = batch.query_offsets[b], key_start = batch.key_offsets[b];
+  TileRecord record{b, 0, query_start, batch.query_offsets[b + 1] - query_start, key_start,
+                    batch.key_offsets[b + 1] - key_start, batch.contexts ? batch.contexts[b] : 0,
+                    batch.targets ? batch.targets[b] : 0};
+  for (int t = 0; t < tiles; ++t) {
+    record.first = (kind == ListKind::kQueries ? tiles - 1 - t : t) * size;
+    list[start + t] = record;
+  }
+}
+
+// Moves the cursors behind the chunk.
+GENREC_HOST_DEVICE inline void list_phase_advance(ListScratch& scratch, int thread) {
+  const int tiles = scratch.chunk[thread];
+  if (tiles > 0) add_atomically(&scratch.cursor[length_bucket(tiles)], tiles);
 }
 
 // Upper bound of a list's length, known without reading the lengths.

@@ -88,8 +88,16 @@ class CutlassBackend:
         seed: int | None,
         deterministic: bool,
     ) -> Tensor:
-        """As `AttentionBackend.__call__`."""
+        """As `AttentionBackend.__call__`.
+
+        Raises:
+            ValueError: A dense bias is smaller than the batch may be: the kernels would read beyond it.
+        """
         assert isinstance(mask, AttentionMask)
+        if isinstance(bias, Tensor):
+            needed = (q_offsets.numel() - 1, max_q_len, max_kv_len)
+            if any(size < least for size, least in zip((bias.shape[0], *bias.shape[2:]), needed, strict=True)):
+                raise ValueError(f"bias {tuple(bias.shape)} is smaller than (sequences, queries, keys) = {needed}.")
         batch = self._batch(q, k, v, q_offsets, kv_offsets, mask)
         scales = scale.float() if isinstance(scale, Tensor) else None
         factor = 1.0 if isinstance(scale, Tensor) else float(scale)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genrec.attention import registry
-from tests.parity.grid import GRID, Case, assert_parity, make_case
+from tests.parity.grid import GRID, Case, assert_parity, make_case, run_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 _reason = registry.why_not("cutlass")
@@ -26,3 +26,17 @@ def test_cutlass_keeps_the_bound(case: Case, dtype: torch.dtype) -> None:
     if reason is not None:
         pytest.skip(reason)
     assert_parity("cutlass", case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("name", ["long_targets-128", "years-64", "ties-256", "cached_long-128", "dense_bias_heads-64"])
+def test_cutlass_repeats_every_bit(name: str) -> None:
+    """The deterministic mode, with what a bias adds to it: the sums of its tables."""
+    case = next(case for case in CASES if case.name == name)
+    runs = []
+    for _ in range(2):
+        inputs = make_case(case, torch.bfloat16, "cuda")
+        inputs.options["deterministic"] = True
+        runs.append(run_backend("cutlass", inputs))
+    (out, gradients), (again, gradients_again) = runs
+    assert torch.equal(out, again)
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)

@@ -58,7 +58,7 @@ struct Block {
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
   int block, thread;
   bool done = false;
   std::function<void()> body;
@@ -141,17 +141,17 @@ inline bool run() {
       if (rounds > 0) --rounds, resting = true;
     }
     for (size_t warp : warps) {
-      if (rest[warp / 4] > 0) continue;
       for (int lane = 0; lane < 32; ++lane) {
         Fiber* fiber = fibers[warp * 32 + lane].get();
         if (fiber->done) continue;
         alive = true;
+        if (rest[warp / 4] > 0) break;
         running = fiber;
         threadIdx.x = fiber->thread, blockIdx.x = fiber->block;
         swapcontext(&scheduler, &fiber->context);
       }
     }
-    if (!alive && !resting) return true;
+    if (!alive) return true;
     finish_some_copies(progress == before && !resting);
     if (progress == before && !resting) return false;
   }
@@ -172,11 +172,12 @@ bool launch(int count, int threads, size_t shared, Kernel kernel) {
     for (int t = 0; t < threads; ++t) {
       fibers.push_back(std::make_unique<Fiber>());
       Fiber& fiber = *fibers.back();
-      fiber.stack.resize(128 * 1024);
+      constexpr size_t kStack = 128 * 1024;
+      fiber.stack.reset(new char[kStack]);  // not cleared: most of it is never touched
       fiber.block = b, fiber.thread = t, fiber.body = kernel;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, enter, 0);
     }

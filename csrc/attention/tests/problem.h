@@ -7,6 +7,7 @@
 
 #include <cutlass/bfloat16.h>
 
+#include "attention/dq.h"
 #include "attention/forward.h"
 
 namespace genrec::attention {
@@ -54,14 +55,15 @@ struct Matrix {
   Output output() { return {data.data(), int64_t(heads) * dim, dim, dim}; }
 };
 
-// |x - reference| / |reference|; infinite where anything isn't finite.
+// |x - reference| / |reference|, or / sqrt(size); infinite where anything isn't finite.
 template <class Number>
-double error(const std::vector<Number>& x, const std::vector<double>& reference) {
-  double difference = 0, size = 0;
+double error(const std::vector<Number>& x, const std::vector<double>& reference, double size = 0) {
+  const bool given = size > 0;
+  double difference = 0;
   for (size_t i = 0; i < reference.size(); ++i) {
     const double d = double(float(x[i])) - reference[i];
     if (!std::isfinite(d)) return INFINITY;
-    difference += d * d, size += reference[i] * reference[i];
+    difference += d * d, size += given ? 0 : reference[i] * reference[i];
   }
   return std::sqrt(difference / std::max(size, 1e-30));
 }
@@ -75,7 +77,11 @@ struct List {
     list_phase_count(*scratch, batch, kind, size, 0, 1);
     length = list_phase_sum(*scratch);
     tiles.resize(length + 1);
-    list_phase_write(*scratch, batch, kind, size, tiles.data(), 0, 1);
+    for (int b = 0; b < batch.sequences; ++b) {
+      list_phase_chunk(*scratch, batch, kind, size, b, 0);
+      list_phase_write(*scratch, batch, kind, size, tiles.data(), b, 0);
+      list_phase_advance(*scratch, 0);
+    }
   }
   WorkList list() const { return {&length, tiles.data()}; }
 };
@@ -104,6 +110,7 @@ struct BiasInput {
   std::vector<float> position, time, dense;
   std::vector<int64_t> edges, key_times, query_times;
   std::vector<double> d_position, d_time, d_dense;
+  double squares = 0;  // of all gradients of scores
 
   BiasInput(const Case& given) : c(given.bias) {
     if (c.kind == Bias::kNone) return;
@@ -214,6 +221,7 @@ struct Problem {
         terms([&](float value, double&) { added += value; });
         const double d_score = add_pair(query_offsets[b] + i, key_offsets[b] + j, h, added);
         terms([&](float, double& gradient) { gradient += d_score; });
+        bias.squares += d_score * d_score;
       }
     }
   }
@@ -268,6 +276,88 @@ bool forward(const Problem& problem) {
   const double off = error(out.data, problem.out);
   std::printf("%s, D = %d, forward: %s, out %.1e\n", problem.c.name, D, ran ? "ran" : "hung", off);
   return ran && off < 0.005;
+}
+
+// Where the backward pass leaves the gradients of a bias.
+struct BiasSums {
+  std::vector<float> position, time, dense;
+
+  BiasSums(const BiasInput& bias, int copies)
+      : position(bias.position.size() * copies), time(bias.time.size() * copies), dense(bias.dense.size()) {}
+};
+
+template <class Shape>
+bool pass(const Problem& problem, BackwardParams p, BiasSums& sums) {
+  int counter = 0;
+  p.common = problem.common(&counter);
+  auto params = problem.with_bias<Shape>(p);
+  if constexpr (Shape::kBias == Bias::kRelative) {
+    if (!sums.position.empty()) params.bias.position_sums = sums.position.data();
+    if (!sums.time.empty()) params.bias.time_sums = sums.time.data();
+  }
+  if constexpr (Shape::kBias == Bias::kDense) {
+    params.bias.gradient = sums.dense.data();
+    params.bias.gradient_batch_stride = params.bias.batch_stride;
+    params.bias.gradient_head_stride = params.bias.head_stride;
+    params.bias.gradient_row_stride = params.bias.row_stride;
+  }
+  return emulator::launch(problem.c.blocks, Shape::kThreads, sizeof(typename Shape::Shared),
+                          [&] { backward_kernel<Shape>(params); });
+}
+
+// The error of a table's gradient, relative to the root of all squares that it sums: signs differ, the sum may be small.
+inline double table_error(const std::vector<float>& copies, int count, const std::vector<double>& wanted,
+                          double squares) {
+  if (wanted.empty()) return 0;
+  std::vector<float> table(wanted.size(), NAN);
+  const SumParams p{copies.data(), count, int(table.size()), table.data()};
+  const int blocks = divide_up(p.entries, 32);
+  if (!emulator::launch(blocks, kSumThreads, kSumThreads * 4, [&] { sum_tables_kernel<kSumThreads>(p); })) return INFINITY;
+  return error(table, wanted, squares);
+}
+
+template <bool kCausal, Bias kBias>
+bool backward(const Problem& problem) {
+  constexpr bool kTwice = D == 256;
+  using Shape = BackwardShape<Element, D, kCausal, kTwice ? Part::kKeysAndQueries : Part::kAll, kBias>;
+  const List keys(problem.batch(), ListKind::kKeys, Shape::kKeys);
+  const List queries(problem.batch(), ListKind::kQueries, Shape::kQueries);
+  const int heads = problem.c.heads;
+  Matrix dq(problem.q.rows, heads, problem.c.qk_dim, true), dk(problem.k.rows, heads, problem.c.qk_dim, true);
+  Matrix dv(problem.v.rows, heads, problem.c.v_dim, true);
+  const int64_t tiles = list_capacity(dq.rows, problem.c.sequences.size(), Shape::kQueries) * heads;
+  std::vector<float> sums(tiles * Shape::kQueries * D);
+  std::vector<int> turns(tiles * 2);
+  const int copies = problem.c.blocks * Shape::kGradientWarps;
+  BiasSums bias(problem.bias, copies);
+  BackwardParams p{problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(), {}, keys.list(),
+                   dk.output(), dv.output(), sums.data(), problem.c.ordered ? turns.data() : nullptr};
+  bool ran = pass<Shape>(problem, p, bias);
+  bool repeated = true;  // bit by bit, in the deterministic mode
+  if (problem.c.ordered) {
+    BiasSums again(problem.bias, copies);
+    std::vector<float> sums_again(sums.size());
+    std::vector<int> turns_again(turns.size());
+    BackwardParams q = p;
+    q.dq_sum = sums_again.data(), q.turns = turns_again.data();
+    ran = pass<Shape>(problem, q, again) && ran;
+    repeated = sums == sums_again && bias.position == again.position && bias.time == again.time;
+  }
+  if constexpr (kTwice) ran = pass<BackwardShape<Element, D, kCausal, Part::kValues, kBias>>(problem, p, bias) && ran;
+  const ConvertParams convert{problem.common(nullptr), queries.list(), sums.data(), dq.output()};
+  ran = emulator::launch(2, 256, 0, [&] { convert_dq_kernel<Shape>(convert); }) && ran;
+  const double off[] = {error(dq.data, problem.dq), error(dk.data, problem.dk), error(dv.data, problem.dv),
+                        table_error(bias.position, copies, problem.bias.d_position, problem.bias.squares),
+                        table_error(bias.time, copies, problem.bias.d_time, problem.bias.squares),
+                        error(bias.dense, problem.bias.d_dense)};
+  std::printf("%s, D = %d, backward: %s, dq %.1e, dk %.1e, dv %.1e", problem.c.name, D, ran ? "ran" : "hung", off[0],
+              off[1], off[2]);
+  if (kBias != Bias::kNone) std::printf(", position %.1e, time %.1e, dense %.1e", off[3], off[4], off[5]);
+  std::printf("\n");
+  if (!repeated) std::printf("not the same twice\n");
+  bool good = ran && repeated;
+  for (double one : off) good = good && one < 0.005;
+  return good;
 }
 
 }  // namespace genrec::attention

@@ -26,7 +26,11 @@ std::vector<TileRecord> build(const Batch& batch, ListKind kind, int size, int64
   const int length = list_phase_sum(scratch);
   check(length <= capacity, "a list outgrows its room", length, static_cast<int>(capacity));
   std::vector<TileRecord> list(length + 1, TileRecord{-7, 0, 0, 0, 0, 0, 0, 0});
-  for (int t = threads - 1; t >= 0; --t) list_phase_write(scratch, batch, kind, size, list.data(), t, threads);
+  for (int first = 0; first < batch.sequences; first += threads) {
+    for (int t = 0; t < threads; ++t) list_phase_chunk(scratch, batch, kind, size, first, t);
+    for (int t = threads - 1; t >= 0; --t) list_phase_write(scratch, batch, kind, size, list.data(), first, t);
+    for (int t = 0; t < threads; ++t) list_phase_advance(scratch, t);
+  }
   check(list.back().sequence == -7, "written beyond the end", length, list.back().sequence);
   list.pop_back();
   return list;
@@ -46,6 +50,10 @@ void check_batch(const std::vector<int>& queries, const std::vector<int>& keys, 
     const std::vector<int>& lengths = of_queries ? queries : keys;
     const int rows = of_queries ? query_offsets.back() : key_offsets.back();
     const std::vector<TileRecord> list = build(batch, kind, size, list_capacity(rows, n, size), 1 + n % 5);
+    // One order, however many threads built it: among equally long sequences the first comes first.
+    const std::vector<TileRecord> again = build(batch, kind, size, list_capacity(rows, n, size), 7);
+    for (size_t t = 0; t < list.size(); ++t)
+      check(again[t].sequence == list[t].sequence && again[t].first == list[t].first, "order", int(t), list[t].sequence);
     std::set<std::pair<int, int>> seen;
     std::map<int, int> last;
     int longest = kNever;

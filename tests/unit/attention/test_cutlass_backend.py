@@ -108,6 +108,15 @@ def test_fake_ops_give_shapes_and_dtypes() -> None:
     assert {g.dtype for g in gradients[3:]} == {torch.float32}
 
 
+def test_a_dense_bias_smaller_than_the_batch_is_refused() -> None:
+    x = torch.zeros(6, 1, 64)
+    offsets = torch.tensor([0, 3, 6])
+    for shape in ((1, 1, 3, 3), (2, 1, 2, 3), (2, 1, 3, 2)):
+        with pytest.raises(ValueError, match="is smaller than"):
+            CutlassBackend()(x, x, x, offsets, offsets, 3, 3, AttentionMask(), torch.zeros(shape), 1.0, 1.0, 0.0, None,
+                             False)  # fmt: skip
+
+
 def test_a_bias_is_described_as_the_kernels_read_it() -> None:
     position, time, times = torch.zeros(9), torch.zeros(12), torch.arange(7)
     bias = cutlass_backend._Bias(position, time, times, None, None)
