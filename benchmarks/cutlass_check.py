@@ -4,10 +4,10 @@
 
 Loads libgenrec_attention.so (GENREC_LIBRARY_PATH, or --library), compares forward and backward with an fp32 reference
 on small jagged batches, without and with biases, then times full-length batches. Backward variants
-(csrc/attention/variants.h) are checked in the same way and timed beside the default kernels; one that went wrong or hung
-is not run again. Works in a child process and watches it: a kernel that hangs costs its own stage and a restart, not the
-run. Errors are relative: |x - reference| / |reference|, beside those of the same computation rounded to the kernel's
-dtype. `--only bias` runs what has a bias.
+(csrc/attention/variants.h) are checked in the same way and timed beside the default kernels; one that went wrong or
+hung is not run again. Works in a child process and watches it: a kernel that hangs costs its own stage and a restart,
+not the run. Errors are relative: |x - reference| / |reference|, beside those of the same computation rounded to the
+kernel's dtype. `--only bias` runs what has a bias.
 """
 
 from __future__ import annotations
