@@ -62,8 +62,8 @@ def bias_stages() -> list[tuple[str, Any]]:
     return found
 
 
-VARIANTS = (("order", 128), ("ahead", 128), ("wide", 256), ("wide_ahead", 256), ("order", 64), ("ahead", 64),
-            ("packed", 64), ("packed_ahead", 64))  # fmt: skip
+VARIANTS = (("order", 128), ("ahead", 128), ("split", 256), ("wide", 256), ("wide_ahead", 256), ("order", 64),
+            ("ahead", 64), ("packed", 64), ("packed_ahead", 64))  # fmt: skip
 """Backward kernels beside the default ones, and the dims that each is built for."""
 
 CASES: dict[str, dict[str, Any]] = {

@@ -318,7 +318,7 @@ struct BackwardConsumer {
     }
   }
 
- private:
+ protected:
   static __device__ auto threads() { return cute::make_layout(cute::_2{}, cute::_128{}); }
 
   template <class Mma>
@@ -567,7 +567,7 @@ struct BackwardConsumer {
   }
 };
 
-template <class Shape>
+template <class Shape, class Consumer = BackwardConsumer<Shape>>
 __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ typename Shape::Params p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
@@ -598,7 +598,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
     }
   } else {
     take_registers<Shape::kConsumerRegisters>();
-    BackwardConsumer<Shape>(p, shared, warpgroup - 1).run();
+    Consumer(p, shared, warpgroup - 1).run();
   }
 }
 

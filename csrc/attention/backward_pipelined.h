@@ -1,8 +1,8 @@
 // Backward kernels whose tensor cores have products queued at all times. Not yet run on a GPU: variants (variants.h).
 //
-// The work is that of backward.h; the order differs. Within a step dQ = dS K is issued before dK += dS^T Q, so that it is
-// added to its sum while dK is computed, and then (kAhead) the scores of the next query tile, which are there when the
-// next step starts. The next tile's K and V come while this one is in use. Weights and
+// The work is that of backward.h; the order differs. Within a step dQ = dS K is issued before dK += dS^T Q, so that it
+// is added to its sum while dK is computed, and then (kAhead) the scores of the next query tile, which are there when
+// the next step starts. The next tile's K and V come while this one is in use. Weights and
 // derivatives are masked and rounded pair by pair as they are computed, not in a second sweep that holds all of them.
 #pragma once
 
@@ -51,8 +51,8 @@ __device__ inline StepRecord step_record(const BackwardParams& p, const TileReco
   return step;
 }
 
-// SiLU's derivatives at a thread's N scores: fp32, or rounded to the kernel's dtype in half the registers, where dS gets a
-// second rounding. Never in the scores' own registers: those belong to products in flight.
+// SiLU's derivatives at a thread's N scores: fp32, or rounded to the kernel's dtype in half the registers, where dS gets
+// a second rounding. Never in the scores' own registers: those belong to products in flight.
 template <class Element, int N, bool kPacked>
 struct Derivatives {
   float values[N];
@@ -123,8 +123,8 @@ __device__ inline void differentiate(const Slopes& derivatives, const Scores& d_
   }
 }
 
-// A block of three warpgroups starts with 168 registers a thread; setmaxnreg only moves them between warpgroups, and waits
-// for ever for what isn't there.
+// A block of three warpgroups starts with 168 registers a thread; setmaxnreg only moves them between warpgroups, and
+// waits for ever for what isn't there.
 constexpr bool fits_registers(int producer, int consumer) { return producer + 2 * consumer <= 3 * 168; }
 
 // D up to 128: 64 keys for each warpgroup, as in backward.h.
@@ -408,7 +408,8 @@ struct PipelinedConsumer : PipelinedLoop<Shape, PipelinedConsumer<Shape>> {
 };
 
 template <class Shape, class Consumer>
-__global__ void __launch_bounds__(Shape::kThreads, 1) pipelined_backward_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    pipelined_backward_kernel(const __grid_constant__ BackwardParams p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {

@@ -1,8 +1,8 @@
 // The backward pass for D = 256 in one pass: 64 keys, dK and dV split by columns. Not yet run on a GPU: a variant
 // (variants.h).
 //
-// With 128 keys the accumulators of dK and dV are twice what the registers hold (backward.h makes two passes). Here both
-// warpgroups work on the same 64 keys, each with 128 of the 256 columns of dK, dV and dQ: 64 registers each. K and V
+// With 128 keys the accumulators of dK and dV are twice what the registers hold (backward.h makes two passes). Here
+// both warpgroups work on the same 64 keys, each with 128 of the 256 columns of dK, dV and dQ: 64 registers each. K and V
 // take 64 KiB, so that two stages of Q and dO, 64 KiB each, fit beside them and loads run ahead.
 //
 // Who computes S and dP, of which both warpgroups need all 64 x 64? Each warpgroup computes them for 32 of the queries
@@ -35,7 +35,8 @@ struct WideShape {
       Split{}));
   using ScoreMma = Product<cute::GMMA::Major::K, cute::GMMA::Major::K, kOwnQueries, D>;
   using OutMma = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<cute::_64, cute::Int<D / 2>, cute::Int<kOwnQueries>>,
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<cute::_64, cute::Int<D / 2>, cute::Int<kOwnQueries>>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
       Split{}));
   using SharedOutMma = Product<cute::GMMA::Major::K, cute::GMMA::Major::MN, D / 2, kOwnQueries>;

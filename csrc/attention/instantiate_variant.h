@@ -9,10 +9,18 @@ namespace genrec::attention {
 
 template <class Shape>
 BackwardInstance variant_instance(const char* dtype) {
-  return {dtype, Shape::D, Shape::kCausal, Bias::kNone, {Shape::kQueries, Shape::kKeys, 1, 0},
-          [](const BackwardParams& params, const BiasParams&, int, int blocks, cudaStream_t stream) {
-            return launch_kernel(pipelined_backward_kernel<Shape, ConsumerOf<Shape>>, params, blocks, Shape::kThreads,
-                                 sizeof(typename Shape::Shared), stream);
+  return {dtype, Shape::D, Shape::kCausal, Bias::kNone, {Shape::kQueries, Shape::kKeys, kPasses<Shape>, 0},
+          [](const BackwardParams& params, const BiasParams&, int pass, int blocks, cudaStream_t stream) {
+            if constexpr (kPasses<Shape> == 1) {
+              return launch_kernel(pipelined_backward_kernel<Shape, ConsumerOf<Shape>>, params, blocks, Shape::kThreads,
+                                   sizeof(typename Shape::Shared), stream);
+            } else {
+              using Second = ValuesShape<Shape>;
+              return pass == 0 ? launch_kernel(backward_kernel<Shape>, params, blocks, Shape::kThreads,
+                                               sizeof(typename Shape::Shared), stream)
+                               : launch_kernel(backward_kernel<Second, ValuesConsumer<Second>>, params, blocks,
+                                               Second::kThreads, sizeof(typename Second::Shared), stream);
+            }
           },
           [](const ConvertParams& params, int blocks, cudaStream_t stream) {
             convert_dq_kernel<Shape><<<blocks, 256, 0, stream>>>(params);

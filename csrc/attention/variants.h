@@ -4,6 +4,7 @@
 // for what isn't built of it, the default kernels serve. variants.inc lists the names.
 #pragma once
 
+#include "attention/backward_values.h"
 #include "attention/backward_wide.h"
 
 namespace genrec::attention {
@@ -17,6 +18,15 @@ template <class Element, bool kCausal, bool kAhead>
 struct ConsumerOfShape<WideShape<Element, kCausal, kAhead>> {
   using Type = WideConsumer<WideShape<Element, kCausal, kAhead>>;
 };
+
+// How many passes a shape's kernels make. Of two, the first is the default's; the second, for dV, ValuesConsumer's.
+template <class Shape>
+constexpr int kPasses = 1;
+template <class Element, int D, bool kCausal>
+constexpr int kPasses<BackwardShape<Element, D, kCausal, Part::kKeysAndQueries>> = 2;
+
+template <class Shape>
+using ValuesShape = BackwardShape<typename Shape::Element, Shape::D, Shape::kCausal, Part::kValues>;
 
 template <class Shape>
 using ConsumerOf = typename ConsumerOfShape<Shape>::Type;
@@ -51,6 +61,14 @@ struct Variant_packed_ahead {
   static constexpr bool kHas = D == 64;
   template <class Element, int D, bool kCausal>
   using Shape = PipelinedShape<Element, D, kCausal, 128, true, true>;
+};
+
+// D = 256 in two passes as the default, the one for dV without the waits that the compiler put into it.
+struct Variant_split {
+  template <int D>
+  static constexpr bool kHas = D == 256;
+  template <class Element, int D, bool kCausal>
+  using Shape = BackwardShape<Element, D, kCausal, Part::kKeysAndQueries>;
 };
 
 // D = 256 in one pass.

@@ -9,6 +9,24 @@ using namespace genrec::attention;
 namespace {
 
 template <class Shape>
+bool launch(const Problem& problem, BackwardParams p) {
+  constexpr size_t kShared = sizeof(typename Shape::Shared);
+  int counters[2] = {0, 0};
+  p.common = problem.common(&counters[0]);
+  if constexpr (kPasses<Shape> == 1) {
+    return emulator::launch(problem.c.blocks, Shape::kThreads, kShared,
+                            [&] { pipelined_backward_kernel<Shape, ConsumerOf<Shape>>(p); });
+  } else {
+    using Second = ValuesShape<Shape>;
+    const bool ran = emulator::launch(problem.c.blocks, Shape::kThreads, kShared, [&] { backward_kernel<Shape>(p); });
+    p.common = problem.common(&counters[1]);
+    return emulator::launch(problem.c.blocks, Second::kThreads, sizeof(typename Second::Shared),
+                            [&] { backward_kernel<Second, ValuesConsumer<Second>>(p); }) &&
+           ran;
+  }
+}
+
+template <class Shape>
 bool run(const Problem& problem, const char* name) {
   const List keys(problem.batch(), ListKind::kKeys, Shape::kKeys);
   const List queries(problem.batch(), ListKind::kQueries, Shape::kQueries);
@@ -18,12 +36,9 @@ bool run(const Problem& problem, const char* name) {
   const int64_t tiles = list_capacity(dq.rows, problem.c.sequences.size(), Shape::kQueries) * heads;
   std::vector<float> sums(tiles * Shape::kQueries * D);
   std::vector<int> turns(tiles * 2);
-  int counter = 0;
-  const BackwardParams p{problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(),
-                         problem.common(&counter), keys.list(), dk.output(), dv.output(), sums.data(),
-                         problem.c.ordered ? turns.data() : nullptr};
-  bool ran = emulator::launch(problem.c.blocks, Shape::kThreads, sizeof(typename Shape::Shared),
-                              [&] { pipelined_backward_kernel<Shape, ConsumerOf<Shape>>(p); });
+  bool ran = launch<Shape>(problem, {problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(), {},
+                                     keys.list(), dk.output(), dv.output(), sums.data(),
+                                     problem.c.ordered ? turns.data() : nullptr});
   const ConvertParams convert{problem.common(nullptr), queries.list(), sums.data(), dq.output()};
   ran = emulator::launch(2, 256, 0, [&] { convert_dq_kernel<Shape>(convert); }) && ran;
   const double off[3] = {error(dq.data, problem.dq), error(dk.data, problem.dk), error(dv.data, problem.dv)};
