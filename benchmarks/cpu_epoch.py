@@ -10,16 +10,15 @@ a virtual environment of its own (`pip install torch rectools[torch]`). The firs
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+from genrec.environment import headline
 
 HERE = Path(__file__).parent
 
@@ -69,13 +68,6 @@ def run(words: list[str]) -> tuple[list[float], dict[str, str]]:
     return found["epochs"][1:], found["versions"]
 
 
-def processor() -> str:
-    """The processor's name, as far as the machine tells it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Alternate, then print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,7 +96,7 @@ def main() -> None:
             measured, used = run(words)
             seconds[name] += measured
             versions[name] = ", ".join(f"{package} {number}" for package, number in used.items())
-    print(f"{date.today()}, {args.threads} threads of {processor()}, Python {platform.python_version()}\n")
+    print(f"{headline()}; {args.threads} threads a process\n")
     print("| model | epochs | median s/epoch | lowest | highest | versions |\n|---|---|---|---|---|---|")
     for name, values in seconds.items():
         print(

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import datetime
-import platform
 import pstats
 import statistics
 import sys
@@ -29,27 +27,20 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.attention_compile import _Hopper
 from genrec.attention import RelativeBias, hstu_attention
 from genrec.attention.triton import backend, launch
 from genrec.attention.triton.configs import Shape
+from genrec.environment import headline
 
 HEADS, DIM, LENGTH, SEQUENCES, BUCKETS = 4, 128, 16, 8, 129
 
 
-class _Idle:
-    """A driver for a Hopper GPU that isn't there."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+class _Idle(_Hopper):
+    """The same, beside tensors that are really there."""
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -140,15 +131,6 @@ def profile(run: Callable[[], Any], calls: int, lines: int) -> None:
     pstats.Stats(profiler).sort_stats("tottime").print_stats(lines)
 
 
-def machine() -> str:
-    """Hardware, versions, date."""
-    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")]
-    names = names or [platform.processor()]
-    return (f"{names[0]}, Python {platform.python_version()}, torch {torch.__version__}, "
-            f"triton {triton.__version__}, {datetime.date.today()}")  # fmt: skip
-
-
 def main() -> int:
     """Prints a table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,7 +141,7 @@ def main() -> int:
         sys.exit("TRITON_INTERPRET is set: its kernels have no launch path to measure.")
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(_Idle())
-    print(machine())
+    print(headline())
     print(f"{HEADS} heads x {DIM}, {SEQUENCES} sequences of {LENGTH}, bf16; median (least - 95 %), microseconds\n")
     print("| bias | forward, as a model calls it | without autograd | below the dispatch | backward |")
     print("|---|---:|---:|---:|---:|", flush=True)

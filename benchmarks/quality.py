@@ -8,15 +8,12 @@ Each run is the recipe's own command line. Runs are kept in --runs and not repea
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+
+from genrec.environment import headline
 
 
 def command(args: argparse.Namespace, model: str, seed: int) -> list[str]:
@@ -49,22 +46,6 @@ def row(name: str, values: list[float]) -> str:
     return f"{mean:.4f} ± {statistics.stdev(values):.4f} ({min(values):.4f}–{max(values):.4f})"
 
 
-def processor() -> str:
-    """The processor's name, as far as the machine tells it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
-
-
-def hardware() -> str:
-    """Processor, or GPU, and versions."""
-    import torch
-
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "torchrec"))
-    return f"{device}, {date.today()}, Python {platform.python_version()}, {packages}"
-
-
 def main() -> None:
     """Run, then print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,7 +61,7 @@ def main() -> None:
     found = {model: [metrics(args, model, seed) for seed in args.seeds] for model in args.models}
     names = sorted({name for runs in found.values() for run in runs for name in run if name.startswith("test/")})
     shown = [name for name in names if any(name.removeprefix("test/").startswith(m) for m in args.metrics)]
-    print(f"{args.config}, seeds {args.seeds}, mean ± standard deviation (lowest–highest); {hardware()}\n")
+    print(f"{args.config}, seeds {args.seeds}, mean ± standard deviation (lowest–highest); {headline()}\n")
     print("| model | " + " | ".join(name.removeprefix("test/") for name in shown) + " |")
     print("|---" * (len(shown) + 1) + "|")
     for model, runs in found.items():

@@ -9,9 +9,6 @@ settles, the scores of early and late candidates shift against each other: AUC o
 """
 
 import argparse
-import platform
-from datetime import date
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 
 from genrec.data import EventStore, SequenceDataModule
 from genrec.data.readers import MovieLens
+from genrec.environment import headline
 from genrec.metrics import AUC, GAUC
 
 PSEUDO_LABELS = 5.0
@@ -59,15 +57,15 @@ def main() -> None:
     store, train, test = data.opened, rows_of(data, "train"), rows_of(data, "test")
     users = np.repeat(np.arange(store.num_users), np.diff(store.offsets))
     assert store.labels is not None
-    print(f"{platform.machine()}, {date.today()}, torch {version('torch')}; {len(train):,} training labels, "
+    print(f"{headline()}; {len(train):,} training labels, "
           f"{len(test):,} test labels of {len(np.unique(users[test]))} users\n")  # fmt: skip
     print("| score | " + " | ".join(f"AUC {task} | GAUC {task}" for task in data.tasks) + " |")
     print("|---|" + "---|" * 2 * len(data.tasks))
+    columns = [((store.labels >> column) & 1).astype(np.float64) for column in range(len(data.tasks))]
+    means = [item_means(store, labels, train)[store.item] for labels in columns]
     for smoothing in SMOOTHING:
         cells = []
-        for column in range(len(data.tasks)):
-            labels = ((store.labels >> column) & 1).astype(np.float64)
-            mean = item_means(store, labels, train)[store.item]
+        for labels, mean in zip(columns, means, strict=True):
             score = np.log(mean / (1 - mean))
             if smoothing is not None:
                 score = score + FACTOR * running_level(labels - mean, store.offsets, smoothing)

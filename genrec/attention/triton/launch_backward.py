@@ -131,11 +131,7 @@ def launch_all(call: Call, d_out: Tensor, gradients: Gradients, config: Config) 
 def launch_keys(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
     """dk, dv, the dense bias's gradient and, by the form, dq and the tables' gradients."""
     pieces = call.pieces(config, of_keys=True)
-    tables: dict[str, Any] = {"d_position": None, "d_time": None, "copies": 1}
-    if gradients.passes == "one":
-        gradients.begin_tables(pieces)
-        tables = gradients.tables
-        _check_blocks(tables, config, config.keys, config.rows)
+    tables = _tables("one", gradients, config, pieces, config.keys, config.rows)
     d_dense = gradients.d_dense
     dense_strides = (0, 0, 0)
     if d_dense is not None:
@@ -158,11 +154,7 @@ def launch_keys(call: Call, d_out: Tensor, gradients: Gradients, config: Config)
 def launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
     """dq and, in the form "rows", the tables' gradients."""
     pieces = call.pieces(config, of_keys=False)
-    tables: dict[str, Any] = {"d_position": None, "d_time": None, "copies": 1}
-    if gradients.passes == "rows":
-        gradients.begin_tables(pieces)
-        tables = gradients.tables
-        _check_blocks(tables, config, config.rows, config.keys)
+    tables = _tables("rows", gradients, config, pieces, config.rows, config.keys)
     arguments = call.common(config, of_keys=False) | strides("d_out", d_out) | tables | {
         "d_out": d_out, "dq": gradients.dq,
         "k_descriptor": descriptor(call.k, config.keys, config),
@@ -174,9 +166,8 @@ def launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config)
 def launch_tables(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
     """The tables' gradients, in the form "tables"."""
     pieces = call.pieces(config, of_keys=True)
-    gradients.begin_tables(pieces)
-    _check_blocks(gradients.tables, config, config.keys, config.rows)
-    arguments = call.common(config, of_keys=True) | strides("d_out", d_out) | gradients.tables | {
+    tables = _tables("tables", gradients, config, pieces, config.keys, config.rows)
+    arguments = call.common(config, of_keys=True) | strides("d_out", d_out) | tables | {
         "d_out": d_out,
         "q_descriptor": descriptor(call.q, config.rows, config),
         "k_descriptor": descriptor(call.k, config.keys, config),
@@ -195,6 +186,13 @@ def _start_parts(kernel: Any, call: Call, config: Config, pieces: int, arguments
         start(kernel, call, config, programs, arguments | {"first_work": begin})
 
 
-def _check_blocks(tables: dict[str, Any], config: Config, first: int, second: int) -> None:
-    if tables["d_position"] is not None and first < second:
+def _tables(
+    form: str, gradients: Gradients, config: Config, pieces: int, first: int, second: int
+) -> dict[str, Any]:  # fmt: skip
+    """Where a kernel with blocks of first x second adds to the tables: nowhere but in the form that has it do so."""
+    if gradients.passes != form:
+        return {"d_position": None, "d_time": None, "copies": 1}
+    gradients.begin_tables(pieces)
+    if gradients.tables["d_position"] is not None and first < second:
         raise ValueError(f"{config}: the gradient of a position table needs as many of its own rows or keys, or more.")
+    return gradients.tables
