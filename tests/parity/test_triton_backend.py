@@ -29,12 +29,6 @@ interpreted = pytest.mark.skipif(GPU, reason="on a GPU the kernels are compiled:
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def _unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU these tests are the proof that `supports` waits for."""
-    monkeypatch.setenv("GENREC_TRITON_UNPROVEN", "1")
-
-
 def one_head(case: Case) -> Case:
     """The interpreter's time grows with the heads, and masks don't differ between them."""
     return replace(case, heads=1) if "-" in case.name else case

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -22,12 +20,8 @@ class TritonBackend:
     name = "triton"
 
     def not_in_auto(self, spec: AttentionSpec) -> str | None:
-        """The interpreter, and kernels that no GPU has run yet."""
-        if INTERPRETED:
-            return "Triton's interpreter is for tests"
-        if max(spec.qk_dim, spec.v_dim) > 128:
-            return "its results for dims above 128 have not been compared on a GPU yet; name it to use it"
-        return None
+        """The interpreter."""
+        return "Triton's interpreter is for tests" if INTERPRETED else None
 
     def available(self) -> str | None:
         """Why nothing can run here, or None."""
@@ -51,12 +45,6 @@ class TritonBackend:
             return f"compute capability {spec.capability[0]}.{spec.capability[1]} is below 8.0"
         if max(spec.qk_dim, spec.v_dim) > _LARGEST_DIM:
             return f"qk_dim {spec.qk_dim} or v_dim {spec.v_dim} is above {_LARGEST_DIM}"
-        unproven = spec.device == "cuda" and spec.needs_grad and spec.bias == "relative"
-        if unproven and os.environ.get("GENREC_TRITON_UNPROVEN") != "1":
-            return (
-                "its gradient of the time table was wrong in fp32 on a GPU, and the repair has not been run on one yet "
-                "(GENREC_TRITON_UNPROVEN=1 lets it run)"
-            )
         return "it takes no dense mask" if spec.dense_mask else None
 
     def __call__(

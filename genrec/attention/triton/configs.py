@@ -44,37 +44,36 @@ INTERPRETER = Config(32, 32, tma=False)
 """Few and large steps, yet several blocks in short sequences."""
 
 _FORWARD = {
-    64: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
-    128: [Config(64, 64, 4, 2), Config(128, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 128, 8, 2)],
+    64: [Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 128, 8, 2)],
+    128: [Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 128, 8, 2)],
     256: [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2)],
 }
 # The relative bias takes registers: these don't spill with it.
 _FORWARD_WITH_BIAS = {
-    64: [Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2)],
-    128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 128, 8, 2)],
+    64: [Config(64, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 64, 4, 3), Config(128, 128, 8, 2)],
+    128: [Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 128, 8, 2)],
     256: [Config(128, 32, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
 }
 _BACKWARD = {
-    64: [Config(64, 128, 8, 2), Config(64, 128, 8, 2, passes="rows"), Config(64, 64, 4, 2), Config(128, 128, 8, 2)],
-    128: [Config(64, 128, 8, 2, tma=False), Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2),
-          Config(64, 64, 4, 1)],
-    256: [Config(64, 64, 8, 1), Config(64, 64, 8, 1, passes="rows"), Config(32, 64, 8, 2), Config(64, 64, 4, 1)],
+    64: [Config(64, 128, 8, 3, passes="rows"), Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 128, 8, 2)],
+    128: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2), Config(64, 64, 4, 1)],
+    256: [Config(64, 64, 8, 2, passes="rows"), Config(32, 64, 8, 2), Config(64, 64, 8, 1)],
 }  # fmt: skip
 # With the bias's tables to sum, the registers of one kernel don't suffice: its main loop spills ten times as often.
 _BACKWARD_WITH_BIAS = {
-    64: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2, passes="tables"), Config(64, 128, 8, 2)],
-    128: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2, tma=False, passes="tables"),
+    64: [Config(64, 128, 8, 2, passes="tables"), Config(64, 128, 8, 3, passes="rows"), Config(64, 128, 8, 2)],
+    128: [Config(64, 128, 8, 2, tma=False, passes="tables"), Config(64, 128, 8, 2, passes="rows"),
           Config(64, 128, 8, 2, tma=False)],
-    256: [Config(64, 64, 8, 1, passes="rows"), Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
+    256: [Config(64, 64, 8, 2, passes="rows"), Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
 }  # fmt: skip
 # At least as many rows as keys, for the gradient of a position table; the other way round in the kernels over keys.
 _ROWS = {
-    64: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
-    128: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+    64: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
+    128: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
     256: [Config(64, 64, 8, 1), Config(64, 32, 8, 2)],
 }
 _TABLES = {
-    64: [Config(64, 128, 8, 2), Config(64, 64, 8, 2)],
+    64: [Config(64, 64, 8, 2), Config(64, 128, 8, 2)],
     128: [Config(64, 64, 8, 2), Config(64, 128, 8, 2)],
     256: [Config(64, 64, 8, 1), Config(32, 64, 8, 1)],
 }

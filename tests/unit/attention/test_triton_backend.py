@@ -39,15 +39,6 @@ def test_reasons_for_what_it_does_not_do(change: dict, reason: str) -> None:
     assert reason in (TritonBackend().supports(replace(SPEC, **change)) or "")
 
 
-def test_gradients_of_the_relative_bias_wait_for_a_proof_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = replace(SPEC, device="cuda", capability=(9, 0), bias="relative", needs_grad=True)
-    monkeypatch.delenv("GENREC_TRITON_UNPROVEN", raising=False)
-    assert "time table" in (TritonBackend().supports(spec) or "")
-    assert TritonBackend().supports(replace(spec, needs_grad=False)) is None
-    monkeypatch.setenv("GENREC_TRITON_UNPROVEN", "1")
-    assert TritonBackend().supports(spec) is None
-
-
 def test_supports_the_rest() -> None:
     backend = TritonBackend()
     for dim in (1, 8, 25, 50, 96, 256):
@@ -226,7 +217,8 @@ def test_a_default_has_the_blocks_that_its_kernel_needs() -> None:
         found = configs.candidates("backward", shape)
         assert len(set(found)) == len(found)
         if bias and bits == 16:
-            assert [c.passes for c in found[:3]] == ["rows", "tables", "one"]
+            assert found[0].passes != "one"
+            assert {c.passes for c in found} == {"rows", "tables", "one"}
 
 
 def test_measured_configurations_are_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
