@@ -4,7 +4,8 @@
 // copy engine, the other warpgroups compute: each holds 64 queries' rows of S and O in registers. Within a warpgroup
 // the product S of the next key tile and the product P V of this one are in flight together; SiLU of the next runs while
 // P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside another's products.
-// With a relative bias a second warp of the first warpgroup prepares the bias of each key tile (bias.h).
+// With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by turns (bias.h): one alone
+// waits for memory longer than the products take.
 #pragma once
 
 #include "attention/barriers.h"
@@ -24,6 +25,7 @@ struct ForwardShape {
   static constexpr int kConsumers = D <= 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = D == 256 ? 64 : 128;
+  static constexpr int kBiasWarps = kRelative ? 3 : 0;
   // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
   static constexpr int kQueryStages = D == 256 ? 1 : 2;
   static constexpr int kKeyStages = D <= 64 ? 4 : 2;
@@ -43,7 +45,7 @@ struct ForwardShape {
       Warpgroups{}));
 
   using Params = cute::conditional_t<kBias == Bias::kNone, ForwardParams, BiasedParams<ForwardParams, kBias>>;
-  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kQueries, kKeys, 2>, NoBiasMemory>;
+  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kQueries, kKeys, kBiasWarps>, NoBiasMemory>;
 
   struct Work {
     TileRecord tile;
@@ -125,27 +127,33 @@ __device__ inline void forward_produce(const typename Shape::Params& p, typename
   }
 }
 
-// The warp that prepares the bias of key tiles.
+// One of the warps that prepare the bias of key tiles. Tiles are dealt out in the order in which they are consumed, those
+// of all units of work in one sequence: warp n has every kBiasWarps-th, and stage n of the ring to itself.
 template <class Shape>
-__device__ inline void forward_prepare_bias(const typename Shape::Params& p, typename Shape::Shared& shared) {
-  if constexpr (Shape::kRelative) {
-    Place<2> work(0), tile_place(1);
-    for (;; work.next()) {
-      shared.work_ring.full[work.stage].wait(work.parity);
-      const TileRecord tile = shared.work[work.stage].tile;
-      release(shared.work_ring.empty[work.stage]);
-      if (tile.sequence < 0) return;
-      const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-      const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+__device__ inline void forward_prepare_bias(const typename Shape::Params& p, typename Shape::Shared& shared, int warp) {
+  constexpr int kWarps = Shape::kBiasWarps;
+  auto& bias_tile = shared.bias.tiles[warp];
+  Place<2> work(0);
+  Place<1> turn(1);
+  int next = warp;  // of the unit's tiles
+  for (;; work.next()) {
+    shared.work_ring.full[work.stage].wait(work.parity);
+    const TileRecord tile = shared.work[work.stage].tile;
+    release(shared.work_ring.empty[work.stage]);
+    if (tile.sequence < 0) return;
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+    const int count = ranges.count();
+    if (next < count) {
       const BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile);
-      const int count = ranges.count();
       CUTE_NO_UNROLL
-      for (int n = 0; n < count; ++n, tile_place.next()) {
-        shared.bias.ring.empty[tile_place.stage].wait(tile_place.parity);
-        writer.write(shared.bias.tiles[tile_place.stage], ranges.tile(n) * Shape::kKeys);
-        release(shared.bias.ring.full[tile_place.stage]);
+      for (; next < count; next += kWarps, turn.next()) {
+        shared.bias.ring.empty[warp].wait(turn.parity);
+        writer.write(bias_tile, ranges.tile(next) * Shape::kKeys);
+        release(shared.bias.ring.full[warp]);
       }
     }
+    next -= count;
   }
 }
 
@@ -190,7 +198,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
   Place<2> work(0);
   Place<Shape::kQueryStages> q(0);
   Place<Shape::kKeyStages> k(0), v(0);
-  Place<2> bias(0);
+  Place<larger(Shape::kBiasWarps, 1)> bias(0);
   for (;; work.next(), q.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const TileRecord tile = shared.work[work.stage].tile;
@@ -285,7 +293,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
     shared.q_ring.init(kReaders);
     shared.k_ring.init(kReaders);
     shared.v_ring.init(kReaders);
-    shared.work_ring.init(kReaders + Shape::kRelative);
+    shared.work_ring.init(kReaders + Shape::kBiasWarps);
     if constexpr (Shape::kRelative) shared.bias.ring.init(kReaders);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) prefetch_map(*map);
@@ -296,7 +304,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) forward_produce<Shape>(p, shared);
-    if (Shape::kRelative && threadIdx.x / 32 == 1) forward_prepare_bias<Shape>(p, shared);
+    if constexpr (Shape::kRelative) {
+      const int warp = uniform(threadIdx.x / 32);
+      if (warp > 0) forward_prepare_bias<Shape>(p, shared, warp - 1);
+    }
   } else {
     take_registers<Shape::kConsumerRegisters>();
     forward_consume<Shape>(p, shared, warpgroup - 1);
