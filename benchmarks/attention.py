@@ -1,8 +1,11 @@
 """Speed of HSTU attention on a GPU: this library's kernels beside PyTorch's flex_attention and flash attention.
 
     python benchmarks/attention.py --quick                  # one minute: the main points
-    python benchmarks/attention.py --out docs/assets        # all points, a table and a heat map
+    python benchmarks/attention.py --out docs/assets        # all points, a table and heat maps
     GENREC_TRITON_AUTOTUNE=1 python benchmarks/attention.py # with measured instead of default configurations
+
+Contenders: triton, cutlass (where it is built), flash, flex; `--contenders` names fewer. The GPU's bf16 matrix product
+of 8192 cubed is timed first, the ceiling for all of them.
 
 A point is heads x dim, a length S, and a kind of batch: full (all sequences of length S), jagged (Zipf-distributed
 lengths up to S), candidates (full, S / 8 targets and 4 contexts); with or without the relative position and time bias.
@@ -10,19 +13,24 @@ Batches have about 128 k tokens. q, k, v are views of one bf16 projection, as in
 
 TFLOP/s by the causal convention, the same for all: 2 H S^2 D for a forward pass of a sequence, 2.5 times that backward,
 whatever a kernel really computes. flex_attention gets the same scores and mask; its weights are a softmax, which it
-always takes. Flash attention (scaled_dot_product_attention) is causal softmax without bias, full lengths only.
+always takes, and it is compiled anew for each point: 4x128 at two lengths only. Flash attention
+(scaled_dot_product_attention) is causal softmax without bias, full lengths only.
 
-Before anything is timed, the output and gradients of a small batch of each kind are compared with fp64.
+Before anything is timed, the output and gradients of a small batch of each kind are compared with fp64. Triton's
+kernels are compiled beforehand, in a process for each core.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genrec.attention import AttentionMask, RelativeBias, hstu_attention
+from genrec.attention import AttentionMask, RelativeBias, hstu_attention, registry
 
 TOKENS = 131_072
 SHAPES = [(4, 64), (4, 128), (4, 256), (8, 128)]
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384]
+FLEX_LENGTHS = [1024, 4096]
+OURS = ("triton", "cutlass")
+CONTENDERS = (*OURS, "flash", "flex")
 NUM_BUCKETS = 129
 HEAD_START = 10_000_000
 """Cycles that the GPU waits, some 5 ms."""
@@ -107,7 +118,7 @@ def lengths_of(point: Point, tokens: int, draw: torch.Generator) -> list[int]:
     return lengths
 
 
-def check(point: Point) -> str:
+def check(point: Point, backend: str) -> str:
     """Output and gradients of a small batch against fp64 on the same device; raises where they are off."""
     small = Point(point.heads, point.dim, 300, point.kind, point.bias)
     batch, exact = Batch(small, 1200), Batch(small, 1200, torch.float64)
@@ -115,14 +126,14 @@ def check(point: Point) -> str:
     with torch.no_grad():
         for x, y in zip(leaves[0][:3], leaves[1][:3], strict=True):
             y.copy_(x)
-    outs = batch.attention(), exact.attention("torch")
+    outs = batch.attention(backend), exact.attention("torch")
     found = torch.autograd.grad(outs[0], leaves[0], batch.d_out)
     wanted = torch.autograd.grad(outs[1], leaves[1], batch.d_out.double())
     worst = 0.0
     for x, reference in zip([outs[0], *found], [outs[1], *wanted], strict=True):
         worst = max(worst, ((x.double() - reference).abs().max() / reference.abs().max()).item())
     if not worst < 0.02:
-        raise AssertionError(f"{small}: off by {worst:.3g} of the largest value")
+        raise AssertionError(f"{backend}, {small}: off by {worst:.3g} of the largest value")
     return f"{worst:.1e}"
 
 
@@ -166,13 +177,10 @@ def forward_and_backward(forward: Callable[[], Tensor], leaves: list[Tensor], d_
     return ahead, back
 
 
-def time_genrec(batch: Batch) -> tuple[Timing, Timing]:
+def time_ours(batch: Batch, backend: str) -> tuple[Timing, Timing]:
     """This library's kernels."""
-    with torch.no_grad():
-        ahead = timed(batch.attention)
-    out, leaves = batch.attention(), [batch.q, batch.k, batch.v, *batch.tables]
-    back = timed(lambda: torch.autograd.grad(out, leaves, batch.d_out, retain_graph=True))
-    return ahead, back
+    leaves = [batch.q, batch.k, batch.v, *batch.tables]
+    return forward_and_backward(lambda: batch.attention(backend), leaves, batch.d_out)
 
 
 def time_flash(batch: Batch) -> tuple[Timing, Timing]:
@@ -256,32 +264,63 @@ HEADER = (
 
 
 def measure(point: Point, contender: str) -> Row:
-    """One row; contender is genrec, flex or flash."""
+    """One row, of one of CONTENDERS."""
     batch = Batch(point, TOKENS)
-    ahead, back = {"genrec": time_genrec, "flex": time_flex, "flash": time_flash}[contender](batch)
+    if contender in OURS:
+        ahead, back = time_ours(batch, contender)
+    else:
+        ahead, back = {"flex": time_flex, "flash": time_flash}[contender](batch)
     return Row(point, contender, ahead, back, batch.flops())
 
 
-def points(quick: bool) -> Iterator[tuple[Point, str]]:
-    """What is timed, most telling first."""
-    main = Point(4, 128, 4096)
-    first = [(main, "genrec"), (Point(4, 128, 4096, bias=True), "genrec"), (Point(4, 128, 4096, "jagged"), "genrec"),
-             (main, "flash"), (Point(4, 128, 1024), "genrec"), (Point(4, 64, 4096), "genrec"),
-             (Point(4, 256, 4096), "genrec"), (main, "flex")]  # fmt: skip
-    yield from first
+def fits(point: Point, contender: str) -> bool:
+    """Whether a contender computes such a point, and is to be timed on it."""
+    if contender == "flash":
+        return point.kind == "full" and not point.bias
+    if contender == "flex":
+        return point.kind != "jagged" and (point.heads, point.dim) == (4, 128) and point.length in FLEX_LENGTHS
+    return True
+
+
+def points(quick: bool, contenders: Sequence[str] = CONTENDERS) -> Iterator[tuple[Point, str]]:
+    """What is timed: the main points of all, then the whole table, what has to be compiled at its end."""
+    main = [Point(4, 128, 4096), Point(4, 128, 4096, bias=True), Point(4, 128, 4096, "jagged"), Point(4, 128, 1024),
+            Point(4, 64, 4096), Point(4, 256, 4096)]  # fmt: skip
+    first = [(point, contender) for point in main for contender in contenders if fits(point, contender)]
+    yield from (row for row in first if row[1] != "flex" or row[0] == main[0])
     if quick:
         return
-    for heads, dim in SHAPES:
-        for length in LENGTHS:
-            for kind in ("full", "jagged", "candidates"):
-                for bias in (False, True):
-                    point = Point(heads, dim, length, kind, bias)
-                    for contender in ("genrec", "flex", "flash"):
-                        flash_fits = kind == "full" and not bias
-                        flex_fits = kind != "jagged"
-                        fits = {"genrec": True, "flex": flex_fits, "flash": flash_fits}[contender]
-                        if fits and (point, contender) not in first:
-                            yield point, contender
+    table = [Point(heads, dim, length, kind, bias) for heads, dim in SHAPES for length in LENGTHS
+             for kind in ("full", "jagged", "candidates") for bias in (False, True)]  # fmt: skip
+    for point in table:
+        for contender in contenders:
+            if contender != "flex" and fits(point, contender) and (point, contender) not in first:
+                yield point, contender
+    if "flex" in contenders:
+        yield from ((point, "flex") for point in table if fits(point, "flex") and point != main[0])
+
+
+def compile_kernels(point: Point) -> None:
+    """Runs both passes of Triton's kernels once on a small batch of such a kind: they are in its cache then."""
+    batch = Batch(Point(point.heads, point.dim, 512, point.kind, point.bias), 2048)
+    torch.autograd.grad(batch.attention(), [batch.q, batch.k, batch.v, *batch.tables], batch.d_out)
+    torch.cuda.synchronize()
+
+
+def compile_ahead(wanted: Sequence[tuple[Point, str]]) -> None:
+    """All kernels that these points need, in a process for each core."""
+    kinds = {(p.dim, p.kind == "candidates", p.bias): p for p, contender in wanted if contender == "triton"}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(kinds) or 1, os.cpu_count() or 1), mp_context=context) as pool:
+        list(pool.map(compile_kernels, kinds.values()))
+
+
+def ceiling() -> str:
+    """The GPU's rate for a large bf16 matrix product of random numbers."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found = timed(lambda: a @ b)
+    rates = [2 * 8192**3 / ms / 1e9 for ms in (found.middle, found.most, found.least)]
+    return "bf16 matrix product 8192 x 8192 x 8192: {:.0f} TFLOP/s ({:.0f}-{:.0f})".format(*rates)
 
 
 def machine() -> str:
@@ -293,7 +332,7 @@ def machine() -> str:
             f"CUDA {torch.version.cuda}, {datetime.date.today()}")  # fmt: skip
 
 
-def heat_map(rows: list[Row], file: Path) -> None:
+def heat_map(rows: list[Row], contender: str, file: Path) -> None:
     """TFLOP/s of forward + backward by shape and length, a panel for each kind of batch and bias."""
     import matplotlib
 
@@ -301,7 +340,7 @@ def heat_map(rows: list[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     kinds = [(kind, bias) for kind in ("full", "jagged", "candidates") for bias in (False, True)]
-    found = {row.point: row.rates()[2] for row in rows if row.contender == "genrec"}
+    found = {row.point: row.rates()[2] for row in rows if row.contender == contender}
     figure, axes = pyplot.subplots(3, 2, figsize=(11, 9), layout="constrained")
     for axis, (kind, bias) in zip(axes.flat, kinds, strict=True):
         values = [[found.get(Point(h, d, s, kind, bias), float("nan")) for s in LENGTHS] for h, d in SHAPES]
@@ -312,7 +351,7 @@ def heat_map(rows: list[Row], file: Path) -> None:
         axis.set_xticks(range(len(LENGTHS)), [str(s) for s in LENGTHS])
         axis.set_yticks(range(len(SHAPES)), [f"{h}x{d}" for h, d in SHAPES])
         axis.set_title(f"{kind}{', relative bias' if bias else ''}")
-    figure.suptitle("TFLOP/s, forward and backward")
+    figure.suptitle(f"{contender}: TFLOP/s, forward and backward; {torch.cuda.get_device_name()}, bf16")
     figure.savefig(file, dpi=120)
 
 
@@ -320,19 +359,32 @@ def main() -> int:
     """Prints the table; 1 where a check or a point failed."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="the main points only")
-    p.add_argument("--out", type=Path, help="folder for attention.md and attention.png")
+    p.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="who is timed (all)")
+    p.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no point begins")
+    p.add_argument("--out", type=Path, help="folder for attention.md and attention_CONTENDER.png")
     options = p.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This benchmark times kernels on a GPU, and there is none.")
-    lines = [f"{machine()}; bf16, about {TOKENS} tokens", "", HEADER]
+    begin = time.perf_counter()
+    absent = {name: registry.why_not(name) for name in OURS}
+    contenders = [name for name in options.contenders if not absent.get(name)]
+    lines = [f"{machine()}; bf16, about {TOKENS} tokens", ceiling()]
+    lines += [f"Without {name}: {reason}" for name, reason in absent.items() if reason and name in options.contenders]
+    lines += ["", HEADER]
     print("\n".join(lines), flush=True)
+    wanted = list(points(options.quick, contenders))
+    compile_ahead(wanted)
     failed, rows, checked = 0, [], set()
-    for point, contender in points(options.quick):
+    for point, contender in wanted:
+        if time.perf_counter() - begin > options.limit:
+            lines.append(f"No time left for {len(wanted) - len(rows) - failed} points.")
+            print(lines[-1])
+            break
         try:
-            kind = (point.heads, point.dim, point.kind, point.bias)
-            if contender == "genrec" and kind not in checked:
+            kind = (point.heads, point.dim, point.kind, point.bias, contender)
+            if contender in OURS and kind not in checked:
                 checked.add(kind)
-                check(point)
+                check(point, contender)
             rows.append(measure(point, contender))
             lines.append(str(rows[-1]))
         except Exception as error:
@@ -342,7 +394,8 @@ def main() -> int:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "attention.md").write_text("\n".join(lines) + "\n")
-        heat_map(rows, options.out / "attention.png")
+        for contender in set(contenders) & set(OURS):
+            heat_map(rows, contender, options.out / f"attention_{contender}.png")
     return int(failed > 0)
 
 

@@ -169,7 +169,7 @@ def stage(name: str, only_compile: bool = False) -> None:
                 batch = Batch(where, 8192)
                 batch.attention().sum().backward()
             return
-        row["line"] = str(measure(where, "genrec" if head == "speed" else rest[0]))
+        row["line"] = str(measure(where, "triton" if head == "speed" else rest[0]))
     else:
         from benchmarks import layer
 
