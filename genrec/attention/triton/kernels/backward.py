@@ -89,6 +89,13 @@ def backward_kernel(
                 i_inside = tl.minimum(i, kv_len - 1)
             else:
                 i_inside = i
+            if time_table is not None:  # while the products of scores run, not after them
+                row_earliest = tl.load(row_low + rows_entry + m)
+                span_first, span_last, near = bucket_span(
+                    row_earliest, tl.load(row_high + rows_entry + m), earliest, latest, BUCKETS)  # fmt: skip
+                row_times = None
+                if q_times is not None:
+                    row_times = q_times + (q_start - shift)
             q_tile = load_rows(q, q_descriptor, q_start, row0, q_len, q_row, h * q_head, QK_DIM, QK_WIDTH, ROWS, CUT,
                                True)  # fmt: skip
             x = product(k_tile, tl.trans(q_tile), None, PRECISION) * (alpha * FACTOR)
@@ -97,12 +104,6 @@ def backward_kernel(
             if not BIASED:
                 d_weight = product(v_tile, tl.trans(d_out_tile), None, PRECISION)
             if time_table is not None:
-                row_earliest = tl.load(row_low + rows_entry + m)
-                span_first, span_last, near = bucket_span(
-                    row_earliest, tl.load(row_high + rows_entry + m), earliest, latest, BUCKETS)  # fmt: skip
-                row_times = None
-                if q_times is not None:
-                    row_times = q_times + (q_start - shift)
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, row_earliest,
                                   span_first, span_last, near, time_table, edges, near_edges, BUCKETS,
                                   FACTOR)  # fmt: skip

@@ -65,16 +65,17 @@ def forward_kernel(
                 j_inside = tl.minimum(j, kv_len - 1)
             else:
                 j_inside = j
-            k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
-                               CUT, False)  # fmt: skip
-            x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
-            if time_table is not None:
+            if time_table is not None:  # while the products of scores run, not after them
                 span_first, span_last, near = bucket_span(
                     earliest, latest, tl.load(key_low + keys_entry + n), tl.load(key_high + keys_entry + n), BUCKETS
                 )
                 row_times = None
                 if q_times is not None:
                     row_times = q_times + (q_start - shift)
+            k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
+                               CUT, False)  # fmt: skip
+            x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
+            if time_table is not None:
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
                                   span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip
             if position is not None:
