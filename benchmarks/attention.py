@@ -146,7 +146,7 @@ class Timing:
     most: float
 
 
-def timed(run: Callable[[], Any], seconds: float = 0.25, before: Callable[[], Any] | None = None) -> Timing:
+def timed(run: Callable[[], Any], seconds: float = 0.12, before: Callable[[], Any] | None = None) -> Timing:
     """Runs for about so long on a warm GPU; `before` is not timed."""
     for _ in range(2):
         if before:
