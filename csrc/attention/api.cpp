@@ -12,13 +12,10 @@ namespace genrec::attention {
 // The generated list of what is built.
 #define GENREC_FORWARD_INSTANCE(dtype, dim, mask, bias) ForwardInstance forward_##dtype##_##dim##_##mask##_##bias();
 #define GENREC_BACKWARD_INSTANCE(dtype, dim, mask, bias) BackwardInstance backward_##dtype##_##dim##_##mask##_##bias();
-#define GENREC_VARIANT_INSTANCE(name, dtype, dim, mask) VariantInstance variant_##name##_##dtype##_##dim##_##mask();
 #include "forward.inc"
 #include "backward.inc"
-#include "variant.inc"
 #undef GENREC_FORWARD_INSTANCE
 #undef GENREC_BACKWARD_INSTANCE
-#undef GENREC_VARIANT_INSTANCE
 
 namespace {
 
@@ -45,20 +42,6 @@ const BackwardInstance kBackward[] = {
 #undef GENREC_BACKWARD_INSTANCE
 };
 
-// The last one is no kernel: the table must not be empty where no variants are built.
-const VariantInstance kVariants[] = {
-#define GENREC_VARIANT_INSTANCE(name, dtype, dim, mask) variant_##name##_##dtype##_##dim##_##mask(),
-#include "variant.inc"
-#undef GENREC_VARIANT_INSTANCE
-    {"", {"", 0, false, Bias::kNone, {0, 0, 0, 0}, nullptr, nullptr, nullptr}}};
-
-const char* const kVariantNames[] = {
-#define GENREC_VARIANT(name) #name,
-#include "attention/variants.inc"
-#undef GENREC_VARIANT
-};
-constexpr int kVariantCount = sizeof(kVariantNames) / sizeof(kVariantNames[0]);
-
 const char* dtype_name(int32_t dtype) { return dtype == 0 ? "bf16" : dtype == 1 ? "fp16" : "unknown dtype"; }
 
 const char* bias_name(Bias bias) {
@@ -84,30 +67,27 @@ const Instance* find(const Instance (&table)[kCount], const genrec_attention_pro
   return best;
 }
 
-// The asked-for variant of the backward kernel `plain`, or null where there is none for its dims, dtype or mask.
-const BackwardInstance* find_variant(const genrec_attention_problem& p, const BackwardInstance& plain) {
-  if (p.backward_variant == 0) return nullptr;
-  const BackwardInstance* best = nullptr;
-  for (const VariantInstance& one : kVariants) {
-    const BackwardInstance& kernel = one.kernel;
-    if (std::strcmp(one.name, kVariantNames[p.backward_variant - 1]) != 0) continue;
-    if (kernel.dim != plain.dim || std::strcmp(kernel.dtype, plain.dtype) != 0) continue;
-    if ((best == nullptr || kernel.causal) && (!kernel.causal || is_causal(p))) best = &kernel;
-  }
-  return best;
-}
-
 // The backward kernel that serves the problem, and its lists in the plan.
 struct Backward {
   const BackwardInstance& kernel;
   int keys, queries;
 };
 
+bool same_tiles(const BackwardInstance& a, const BackwardInstance& b) {
+  return a.blocks.keys == b.blocks.keys && a.blocks.queries == b.blocks.queries;
+}
+
 Backward find_backward(const genrec_attention_problem& p) {
-  const BackwardInstance& plain = *find(kBackward, p, bias_kind(p));
-  const BackwardInstance* variant = plain.bias == Bias::kNone ? find_variant(p, plain) : nullptr;
-  if (variant != nullptr) return {*variant, kVariantKeys, kVariantQueries};
-  return {plain, kBackwardKeys, kBackwardQueries};
+  const BackwardInstance& plain = *find(kBackward, p, Bias::kNone);
+  const BackwardInstance& one = *find(kBackward, p, bias_kind(p));
+  if (same_tiles(one, plain)) return {one, kBackwardKeys, kBackwardQueries};
+  return {one, kBiasedKeys, kBiasedQueries};
+}
+
+// Any backward kernel with a bias, whose tiles are those of the other, or null where none is built.
+const BackwardInstance* find_biased(const genrec_attention_problem& p) {
+  const BackwardInstance* one = find(kBackward, p, Bias::kRelative);
+  return one != nullptr ? one : find(kBackward, p, Bias::kDense);
 }
 
 int32_t check_bias(const genrec_attention_bias& bias) {
@@ -131,9 +111,6 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
       return fail("dims must be multiples of 8 (the copy engine moves 16 bytes), got " + std::to_string(dim));
   }
   if (p->sequences < 0) return fail("sequences must not be negative, got " + std::to_string(p->sequences));
-  if (p->backward_variant < 0 || p->backward_variant > kVariantCount)
-    return fail("backward_variant must be from 0 to " + std::to_string(kVariantCount) + ", got " +
-                std::to_string(p->backward_variant));
   if (p->target_group < 1) return fail("target_group must be at least 1, got " + std::to_string(p->target_group));
   for (int64_t rows : {p->query_rows, p->key_rows}) {
     if (rows < 0 || rows >= int64_t{1} << 31)
@@ -141,7 +118,7 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
   }
   if (check_bias(p->bias) != 0) return -1;
   const Bias bias = bias_kind(*p);
-  // The tiles of a plan are those of the kernels without a bias.
+  // A plan lists the tiles of the kernels without a bias, whatever else it lists.
   if (find(kForward, *p, Bias::kNone) == nullptr || find(kBackward, *p, Bias::kNone) == nullptr ||
       find(kForward, *p, bias) == nullptr || (backward && find(kBackward, *p, bias) == nullptr)) {
     return fail(std::string("no ") + (backward ? "backward " : "") + "kernel is built for " + dtype_name(p->dtype) +
@@ -155,13 +132,14 @@ PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
   PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.queries, 0, 0}, {0, 0, 0, 0, 0}};
-  if (const BackwardInstance* variant = find_variant(p, backward)) {
-    shape.size[kVariantKeys] = variant->blocks.keys;
-    shape.size[kVariantQueries] = variant->blocks.queries;
+  const BackwardInstance* biased = find_biased(p);
+  if (biased != nullptr && !same_tiles(*biased, backward)) {
+    shape.size[kBiasedKeys] = biased->blocks.keys;
+    shape.size[kBiasedQueries] = biased->blocks.queries;
   }
   for (int which = 0; which < kPlanLists; ++which) {
     if (shape.size[which] == 0) continue;
-    const int64_t rows = which == kBackwardKeys || which == kVariantKeys ? p.key_rows : p.query_rows;
+    const int64_t rows = which == kBackwardKeys || which == kBiasedKeys ? p.key_rows : p.query_rows;
     shape.capacity[which] = list_capacity(rows, p.sequences, shape.size[which]);
   }
   return shape;
@@ -286,11 +264,6 @@ std::string list_instances() {
     lines += std::string("backward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal " : " general ") +
              bias_name(one.bias) + "\n";
   }
-  for (const VariantInstance& one : kVariants) {
-    if (one.kernel.dim == 0) continue;
-    lines += std::string("variant ") + one.kernel.dtype + " " + std::to_string(one.kernel.dim) +
-             (one.kernel.causal ? " causal " : " general ") + one.name + "\n";
-  }
   return lines;
 }
 
@@ -302,19 +275,10 @@ using namespace genrec::attention;
 
 const char* genrec_attention_error(void) { return last_error.c_str(); }
 
-int32_t genrec_attention_abi_version(void) { return 3; }
+int32_t genrec_attention_abi_version(void) { return 4; }
 
 const char* genrec_attention_instances(void) {
   static const std::string lines = list_instances();
-  return lines.c_str();
-}
-
-const char* genrec_attention_backward_variants(void) {
-  static const std::string lines = [] {
-    std::string all;
-    for (const char* name : kVariantNames) all += std::string(name) + "\n";
-    return all;
-  }();
   return lines.c_str();
 }
 

@@ -241,16 +241,17 @@ struct KeyTile {
 // One tile of dQ into the fp32 sum, in register order: 4 neighbouring elements of a thread are 16 bytes, the 128
 // threads' lie side by side. With `turn`, key tiles add one after the other in rising order.
 template <class Dq>
-__device__ inline void add_dq(const Dq& dq, float* sum, int* turn, int rank, int warpgroup) {
-  const int thread = threadIdx.x % 128;
+__device__ inline void add_dq(const Dq& dq, float* sum, int* turn, int rank, int warpgroup,
+                              int thread = threadIdx.x % 128) {
   if (turn != nullptr) {
     if (thread == 0) await_turn(turn, rank);
     sync_threads(kTurnTaken + warpgroup, 128);
   }
-  CUTE_UNROLL
-  for (int e = 0; e < cute::size(dq); e += 4) {
-    add_to_global(sum + e * 128 + thread * 4, dq(e), dq(e + 1), dq(e + 2), dq(e + 3));
-  }
+  float* const to = settled(sum + thread * 4);
+  cute::for_each(cute::make_seq<decltype(cute::size(dq))::value / 4>{}, [&](auto four) {
+    constexpr int e = 4 * four;
+    add_to_global<e * 128>(to, dq(e), dq(e + 1), dq(e + 2), dq(e + 3));
+  });
   if (turn != nullptr) {
     fence_global();
     sync_threads(kTurnTaken + warpgroup, 128);

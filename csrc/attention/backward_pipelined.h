@@ -1,9 +1,9 @@
-// Backward kernels whose tensor cores have products queued at all times. Not yet run on a GPU: variants (variants.h).
+// The backward kernels without a bias, whose tensor cores have products queued at all times.
 //
 // The work is that of backward.h; the order differs. Within a step dQ = dS K is issued before dK += dS^T Q, so that it
-// is added to its sum while dK is computed, and then (kAhead) the scores of the next query tile, which are there when
-// the next step starts. The next tile's K and V come while this one is in use. Weights and
-// derivatives are masked and rounded pair by pair as they are computed, not in a second sweep that holds all of them.
+// is added to its sum while dK is computed, and then the scores of the next query tile, which are there when the next
+// step starts. The next tile's K and V come while this one is in use. Weights and derivatives are masked and rounded
+// pair by pair as they are computed, not in a second sweep that holds all of them.
 #pragma once
 
 #include "attention/backward.h"
@@ -99,11 +99,11 @@ __device__ inline ColumnSight moved(const ColumnSight& s, int by) {
 }
 
 // As above, for 64 of the tile's keys, of which `sights` says who sees them, and a query tile, of whose queries the
-// thread's first is `column`.
+// thread's first is `column`. `masked` was read before products were issued: beside those shared memory is slow.
 template <class Shape, class Scores, class Weights, class Slopes>
 __device__ inline void weigh(const Scores& scores, Weights& weights, Slopes& derivatives, float half_alpha,
-                             const StepRecord& step, const ColumnSight* sights, Lane lane, int column) {
-  if (!step.masked) {
+                             bool masked, const StepRecord& step, const ColumnSight* sights, Lane lane, int column) {
+  if (!masked) {
     weigh_pairs<Shape, false>(scores, weights, derivatives, half_alpha, {}, {});
   } else {
     const int first = step.row + column;
@@ -127,47 +127,51 @@ __device__ inline void differentiate(const Slopes& derivatives, const Scores& d_
 // waits for ever for what isn't there.
 constexpr bool fits_registers(int producer, int consumer) { return producer + 2 * consumer <= 3 * 168; }
 
-// D up to 128: 64 keys for each warpgroup, as in backward.h.
-template <class Element_, int D_, bool kCausal_, int kQueries_, bool kAhead_, bool kPacked_>
+// Shared memory of a kernel's block.
+template <class Element, int D, int kKeys, int kQueries, int kKeyStages, int kQueryStages>
+struct alignas(1024) PipelinedShared {
+  alignas(1024) Element k[kKeyStages][kKeys * D];
+  alignas(1024) Element v[kKeyStages][kKeys * D];
+  alignas(1024) Element q[kQueryStages][kQueries * D];
+  alignas(1024) Element d_out[kQueryStages][kQueries * D];
+  alignas(1024) Element ds[kQueryStages][kQueries * kKeys];
+  Ring<kKeyStages> k_ring, v_ring;
+  Ring<kQueryStages> q_ring, d_out_ring;
+  Ring<2> work_ring;
+  PipelinedWork work[2];
+  StepRecord steps[kQueryStages];
+  ColumnSight sights[2][64];  // who sees each of a warpgroup's keys
+};
+
+// D up to 128: 64 keys for each warpgroup, as in backward.h. Up to 64, 128 queries a step: half the shared memory's
+// traffic for each product. At 64 SiLU' is kept in 16 bits to make room in the registers.
+template <class Element_, int D_, bool kCausal_>
 struct PipelinedShape {
   using Element = Element_;
-  static constexpr int D = D_, kQueries = kQueries_, kKeys = 128;
-  static constexpr bool kCausal = kCausal_, kAhead = kAhead_, kPacked = kPacked_;
+  static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
+  static constexpr bool kCausal = kCausal_, kPacked = D == 64;
   static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? D / 2 : D;
 
-  using Like = BackwardShape<Element, D, kCausal, Part::kAll>;
   using K = cute::Int<kKeys>;
   using Q = cute::Int<kQueries>;
+  using Warpgroups = cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>;
   using ScoreMma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<K, Q, cute::Int<D>>>(),
-      typename Like::Warpgroups{}));
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<K, Q, cute::Int<D>>>(), Warpgroups{}));
   using OutMma = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<K, cute::Int<D>, Q>, cute::GMMA::Major::K,
                                  cute::GMMA::Major::MN>(),
-      typename Like::Warpgroups{}));
+      Warpgroups{}));
   using DqMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Q, cute::Int<kDqColumns>, K>,
                                  cute::GMMA::Major::MN, cute::GMMA::Major::MN>(),
       cute::Layout<cute::conditional_t<kSplitColumns, cute::Shape<cute::_1, cute::_2, cute::_1>,
                                        cute::Shape<cute::_2, cute::_1, cute::_1>>>{}));
 
-  struct alignas(1024) Shared {
-    alignas(1024) Element k[kKeyStages][kKeys * D];
-    alignas(1024) Element v[kKeyStages][kKeys * D];
-    alignas(1024) Element q[kQueryStages][kQueries * D];
-    alignas(1024) Element d_out[kQueryStages][kQueries * D];
-    alignas(1024) Element ds[kQueryStages][kQueries * kKeys];
-    Ring<kKeyStages> k_ring, v_ring;
-    Ring<kQueryStages> q_ring, d_out_ring;
-    Ring<2> work_ring;
-    PipelinedWork work[2];
-    StepRecord steps[kQueryStages];
-    ColumnSight sights[kConsumers][64];
-  };
+  using Shared = PipelinedShared<Element, D, kKeys, kQueries, kKeyStages, kQueryStages>;
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
   static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
 };
@@ -239,6 +243,7 @@ struct PipelinedLoop {
   Shared& shared;
   const int warpgroup;
   const Lane lane;
+  const int thread = settled(threadIdx.x % 128);
   Place<2> work{0};
   Place<Shape::kKeyStages> keys{0};
   Place<Shape::kQueryStages> q{0};
@@ -305,7 +310,7 @@ struct PipelinedLoop {
   __device__ void gather(const Dq& dq, const StepRecord& step) const {
     const int64_t place = 2 * step.place + warpgroup;
     add_dq(dq, p.dq_sum + place * (kQueries * D / 2), p.turns == nullptr ? nullptr : p.turns + place, step.rank,
-           warpgroup);
+           warpgroup, thread);
   }
 
   // dK and dV: rows of 64 keys, columns from `column` on.
@@ -349,23 +354,23 @@ struct PipelinedConsumer : PipelinedLoop<Shape, PipelinedConsumer<Shape>> {
     Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
     clear(dk);
     clear(dv);
+    bool masked = false;  // what the scores' record says
     const auto issue_scores = [&](const Place<Shape::kQueryStages>& at) {
       shared.q_ring.full[at.stage].wait(at.parity);
+      masked = shared.steps[at.stage].masked;
       issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
     };
-    // One step; kNext: of the next there is one, whose scores are issued.
+    // One step, whose scores are there; those of the next are issued if there is one.
     const auto step = [&](auto has_next) {
-      constexpr bool kNext = Shape::kAhead && decltype(has_next)::value;
+      constexpr bool kNext = decltype(has_next)::value;
       const StepRecord& record = shared.steps[q.stage];
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
-      if constexpr (!Shape::kAhead) issue_scores(q);
       shared.d_out_ring.full[q.stage].wait(q.parity);
       issue_product<true>(score_mma, v_tile(_, _, _, keys.stage), d_out_tile(_, _, _, q.stage), d_weights);
-      if constexpr (!Shape::kAhead) wait_for<1>(scores);
 
       auto weights = make_operand<Element, kQueries>();
       Derivatives<Element, kQueries / 2, Shape::kPacked> derivatives;
-      weigh<Shape>(scores, weights, derivatives, p.common.half_alpha, record, shared.sights[warpgroup], lane,
+      weigh<Shape>(scores, weights, derivatives, p.common.half_alpha, masked, record, shared.sights[warpgroup], lane,
                    lane.column());
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
       wait_for<1>(d_weights);
@@ -394,12 +399,12 @@ struct PipelinedConsumer : PipelinedLoop<Shape, PipelinedConsumer<Shape>> {
     if (count == 0) {
       shared.v_ring.full[keys.stage].wait(keys.parity);
     } else {
-      if constexpr (Shape::kAhead) issue_scores(q);
+      issue_scores(q);
       shared.v_ring.full[keys.stage].wait(keys.parity);
-      if constexpr (Shape::kAhead) wait_for<0>(scores);
+      wait_for<0>(scores);
       CUTE_NO_UNROLL
-      for (; count > (Shape::kAhead ? 1 : 0); --count) step(true_type{});
-      if constexpr (Shape::kAhead) step(false_type{});
+      for (; count > 1; --count) step(true_type{});
+      step(false_type{});
     }
     release(shared.k_ring.empty[keys.stage]);
     release(shared.v_ring.empty[keys.stage]);

@@ -1,5 +1,4 @@
-// The backward pass for D = 256 in one pass: 64 keys, dK and dV split by columns. Not yet run on a GPU: a variant
-// (variants.h).
+// The backward kernel for D = 256 without a bias: one pass, 64 keys, dK and dV split by columns.
 //
 // With 128 keys the accumulators of dK and dV are twice what the registers hold (backward.h makes two passes). Here
 // both warpgroups work on the same 64 keys, each with 128 of the 256 columns of dK, dV and dQ: 64 registers each. K and V
@@ -17,11 +16,11 @@
 
 namespace genrec::attention {
 
-template <class Element_, bool kCausal_, bool kAhead_>
+template <class Element_, bool kCausal_>
 struct WideShape {
   using Element = Element_;
   static constexpr int D = 256, kQueries = 64, kKeys = 64;
-  static constexpr bool kCausal = kCausal_, kAhead = kAhead_;
+  static constexpr bool kCausal = kCausal_;
   static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 1;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -42,19 +41,8 @@ struct WideShape {
   using SharedOutMma = Product<cute::GMMA::Major::K, cute::GMMA::Major::MN, D / 2, kOwnQueries>;
   using DqMma = Product<cute::GMMA::Major::MN, cute::GMMA::Major::MN, kDqColumns, kKeys>;
 
-  struct alignas(1024) Shared {
-    alignas(1024) Element k[kKeyStages][kKeys * D];
-    alignas(1024) Element v[kKeyStages][kKeys * D];
-    alignas(1024) Element q[kQueryStages][kQueries * D];
-    alignas(1024) Element d_out[kQueryStages][kQueries * D];
+  struct Shared : PipelinedShared<Element, D, kKeys, kQueries, kKeyStages, kQueryStages> {
     alignas(1024) Element weights[kQueryStages][kQueries * kKeys];
-    alignas(1024) Element ds[kQueryStages][kQueries * kKeys];
-    Ring<kKeyStages> k_ring, v_ring;
-    Ring<kQueryStages> q_ring, d_out_ring;
-    Ring<2> work_ring;
-    PipelinedWork work[2];
-    StepRecord steps[kQueryStages];
-    ColumnSight sights[kConsumers][64];
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
   static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
@@ -94,26 +82,24 @@ struct WideConsumer : PipelinedLoop<Shape, WideConsumer<Shape>> {
 
     Tensor dk = partition_fragment_C(out_mma, Extent<kKeys, D>{});
     Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
-    Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
     clear(dk);
     clear(dv);
-    const auto issue_scores = [&](const Place<Shape::kQueryStages>& at) {
-      shared.q_ring.full[at.stage].wait(at.parity);
-      issue_product<true>(score_mma, k_tile(_, _, _, 0), q_tile(_, _, _, at.stage), scores);
-    };
-    // One step; kNext: of the next there is one, whose scores are issued.
-    const auto step = [&](auto has_next) {
-      constexpr bool kNext = Shape::kAhead && decltype(has_next)::value;
+    shared.v_ring.full[0].wait(keys.parity);
+    CUTE_NO_UNROLL
+    for (; count > 0; --count, q.next()) {
       const StepRecord& record = shared.steps[q.stage];
+      Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
-      if constexpr (!Shape::kAhead) issue_scores(q);
+      shared.q_ring.full[q.stage].wait(q.parity);
+      const bool masked = record.masked;
+      issue_product<true>(score_mma, k_tile(_, _, _, 0), q_tile(_, _, _, q.stage), scores);
       shared.d_out_ring.full[q.stage].wait(q.parity);
       issue_product<true>(score_mma, v_tile(_, _, _, 0), d_out_tile(_, _, _, q.stage), d_weights);
-      if constexpr (!Shape::kAhead) wait_for<1>(scores);
+      wait_for<1>(scores);
 
       auto weights = make_operand<Element, kOwn>();
       Derivatives<Element, kQueries / 4, false> derivatives;
-      weigh<Shape>(scores, weights, derivatives, p.common.half_alpha, record, shared.sights[warpgroup], lane,
+      weigh<Shape>(scores, weights, derivatives, p.common.half_alpha, masked, record, shared.sights[warpgroup], lane,
                    kOwn * mine + lane.column());
       issue_product<false>(out_mma, weights, d_out_columns(_, _, make_coord(_, mine), q.stage), dv);
       // One buffer for each stage of Q: the other warpgroup's products of two tiles ago were complete before it came to
@@ -132,27 +118,12 @@ struct WideConsumer : PipelinedLoop<Shape, WideConsumer<Shape>> {
       issue_product<false>(out_mma, ds, q_columns(_, _, make_coord(_, mine), q.stage), dk);
       issue_product<false>(shared_out_mma, ds_matrix(_, _, make_coord(_, other), q.stage),
                            q_columns(_, _, make_coord(_, other), q.stage), dk);
-      Place<Shape::kQueryStages> next = q;
-      next.next();
       wait_for<3>(dq);
       this->gather(dq, record);
-      if constexpr (kNext) issue_scores(next);
-      wait_for<kNext + 2>(dv);
+      wait_for<2>(dv);
       release(shared.d_out_ring.empty[q.stage]);
-      wait_for<kNext>(dk);
+      wait_for<0>(dk);
       release(shared.q_ring.empty[q.stage]);
-      if constexpr (kNext) wait_for<0>(scores);
-      q = next;
-    };
-    if (count == 0) {
-      shared.v_ring.full[0].wait(keys.parity);
-    } else {
-      if constexpr (Shape::kAhead) issue_scores(q);
-      shared.v_ring.full[0].wait(keys.parity);
-      if constexpr (Shape::kAhead) wait_for<0>(scores);
-      CUTE_NO_UNROLL
-      for (; count > (Shape::kAhead ? 1 : 0); --count) step(true_type{});
-      if constexpr (Shape::kAhead) step(false_type{});
     }
     release(shared.k_ring.empty[0]);
     release(shared.v_ring.empty[0]);

@@ -42,6 +42,17 @@ __device__ inline void arrive_threads(uint32_t barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The value itself, which the compiler then neither computes again nor takes apart.
+__device__ inline int settled(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+__device__ inline float* settled(float* value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 // The same in all lanes, and the compiler knows it.
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
@@ -81,8 +92,11 @@ __device__ inline void store_matrices(char* address, uint32_t a, uint32_t b, uin
                : "memory");
 }
 
+// Adds to where[kOffset] and the next three; the offset costs no arithmetic.
+template <int kOffset>
 __device__ inline void add_to_global(float* where, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(where), "f"(a), "f"(b), "f"(c), "f"(d)
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0 + %5], {%1, %2, %3, %4};" ::"l"(where), "f"(a), "f"(b), "f"(c),
+               "f"(d), "n"(4 * kOffset)
                : "memory");
 }
 

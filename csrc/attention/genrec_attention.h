@@ -40,7 +40,6 @@ typedef struct {
   int32_t target_group;          // 1 and up
   int32_t window;                // -1 for none
   int32_t causal;
-  int32_t backward_variant;      // 0 default, or 1 and up: a line of genrec_attention_backward_variants()
   int64_t query_rows, key_rows;  // of all sequences together; below 2^31
   const int32_t* query_offsets;  // (sequences + 1,) in device memory, as all below
   const int32_t* key_offsets;
@@ -56,15 +55,11 @@ GENREC_API int32_t genrec_attention_abi_version(void);
 // The kernels that this library holds, "forward bf16 128 general relative" and the like, one a line.
 GENREC_API const char* genrec_attention_instances(void);
 
-// The names of the backward kernels beside the default ones, one a line, in the order of their numbers from 1 on. None is
-// proven; each serves some dims, dtypes and masks, no bias, and leaves the rest to the default.
-GENREC_API const char* genrec_attention_backward_variants(void);
-
 // 0 where the library can run the problem (device pointers aren't looked at), else -1 and the reason.
 GENREC_API int32_t genrec_attention_check(const genrec_attention_problem* problem, int32_t backward);
 
-// A plan lists the batch's tiles. It depends on lengths, counts, mask, dtype, dims and backward_variant only: the layers
-// of a model share it.
+// A plan lists the batch's tiles. It depends on lengths, counts, mask, dtype and dims only: the layers of a model share
+// it.
 GENREC_API int64_t genrec_attention_plan_bytes(const genrec_attention_problem* problem);
 GENREC_API int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void* plan, void* stream);
 

@@ -1,7 +1,7 @@
 // GENREC_BACKWARD(dtype, dim, mask, bias): the backward kernels of a shape and their entry in the table.
 #pragma once
 
-#include "attention/dq.h"
+#include "attention/backward_plain.h"
 #include "attention/instantiate.h"
 
 namespace genrec::attention {
@@ -18,8 +18,25 @@ cudaError_t sum_tables(const SumParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <class Shape>
+cudaError_t convert_dq(const ConvertParams& params, int blocks, cudaStream_t stream) {
+  convert_dq_kernel<Shape><<<blocks, 256, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <class Element, int D, bool kCausal>
+BackwardInstance plain_backward_instance(const char* dtype) {
+  using Shape = typename PlainBackward<Element, D, kCausal>::Shape;
+  return {dtype, D, kCausal, Bias::kNone, {Shape::kQueries, Shape::kKeys, 1, 0},
+          [](const BackwardParams& params, const BiasParams&, int, int blocks, cudaStream_t stream) {
+            const auto kernel = pipelined_backward_kernel<Shape, typename PlainBackward<Element, D, kCausal>::Consumer>;
+            return launch_kernel(kernel, params, blocks, Shape::kThreads, sizeof(typename Shape::Shared), stream);
+          },
+          convert_dq<Shape>, nullptr};
+}
+
 template <class Element, int D, bool kCausal, Bias kBias>
-BackwardInstance backward_instance(const char* dtype) {
+BackwardInstance biased_backward_instance(const char* dtype) {
   constexpr bool kTwice = D == 256;
   using First = BackwardShape<Element, D, kCausal, kTwice ? Part::kKeysAndQueries : Part::kAll, kBias>;
   using Second = BackwardShape<Element, D, kCausal, kTwice ? Part::kValues : Part::kAll, kBias>;
@@ -32,12 +49,18 @@ BackwardInstance backward_instance(const char* dtype) {
     return pass == 0 ? launch_backward<First>(params, bias, blocks, stream)
                      : launch_backward<Second>(params, bias, blocks, stream);
   };
-  one.convert = [](const ConvertParams& params, int blocks, cudaStream_t stream) {
-    convert_dq_kernel<First><<<blocks, 256, 0, stream>>>(params);
-    return cudaGetLastError();
-  };
+  one.convert = convert_dq<First>;
   if constexpr (First::kSumsTables) one.sum_tables = sum_tables<kSumThreads>;
   return one;
+}
+
+template <class Element, int D, bool kCausal, Bias kBias>
+BackwardInstance backward_instance(const char* dtype) {
+  if constexpr (kBias == Bias::kNone) {
+    return plain_backward_instance<Element, D, kCausal>(dtype);
+  } else {
+    return biased_backward_instance<Element, D, kCausal, kBias>(dtype);
+  }
 }
 
 }  // namespace genrec::attention

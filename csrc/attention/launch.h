@@ -50,9 +50,4 @@ struct BackwardInstance {
   cudaError_t (*sum_tables)(const SumParams&, cudaStream_t);
 };
 
-struct VariantInstance {
-  const char* name;
-  BackwardInstance kernel;
-};
-
 }  // namespace genrec::attention

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(1024) plan_kernel(const PlanParams p) {
   __shared__ ListScratch scratch;
   const int which = blockIdx.x, thread = threadIdx.x, threads = blockDim.x;
   if (p.size[which] == 0) return;
-  const ListKind kind = which == kBackwardKeys || which == kVariantKeys ? ListKind::kKeys : ListKind::kQueries;
+  const ListKind kind = which == kBackwardKeys || which == kBiasedKeys ? ListKind::kKeys : ListKind::kQueries;
   for (int b = thread; b < kLengthBuckets; b += threads) scratch.tiles[b] = 0;
   __syncthreads();
   list_phase_count(scratch, p.batch, kind, p.size[which], thread, threads);

@@ -1,17 +1,17 @@
-// A plan in device memory: the lengths of three lists of tiles, then the lists.
+// A plan in device memory: the lengths of the lists of tiles, then the lists.
 #pragma once
 
 #include "attention/params.h"
 
 namespace genrec::attention {
 
-// The variant's lists are empty where no variant of the backward pass is asked for.
+// The lists of the backward kernels with a bias are empty where their tiles are those of the ones without.
 enum PlanList : int {
   kForwardQueries = 0,
   kBackwardKeys = 1,
   kBackwardQueries = 2,
-  kVariantKeys = 3,
-  kVariantQueries = 4,
+  kBiasedKeys = 3,
+  kBiasedQueries = 4,
   kPlanLists = 5
 };
 

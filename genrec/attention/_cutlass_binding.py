@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
 from genrec._native import NativeLibraryError, load_library
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class Matrix(ctypes.Structure):
@@ -36,7 +35,7 @@ class Problem(ctypes.Structure):
 
     _fields_ = [
         *[(name, c_int32) for name in ("dtype", "heads", "qk_dim", "v_dim", "sequences")],
-        *[(name, c_int32) for name in ("target_group", "window", "causal", "backward_variant")],
+        *[(name, c_int32) for name in ("target_group", "window", "causal")],
         *[(name, c_int64) for name in ("query_rows", "key_rows")],
         *[(name, c_void_p) for name in ("query_offsets", "key_offsets", "contexts", "targets", "scales")],
         *[(name, c_float) for name in ("alpha", "scale")],
@@ -65,7 +64,6 @@ def library() -> ctypes.CDLL:
     lib = load_library("genrec_attention")
     lib.genrec_attention_error.restype = c_char_p
     lib.genrec_attention_instances.restype = c_char_p
-    lib.genrec_attention_backward_variants.restype = c_char_p
     lib.genrec_attention_abi_version.restype = c_int32
     found = lib.genrec_attention_abi_version()
     if found != ABI_VERSION:
@@ -76,44 +74,6 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, f"genrec_attention_{name}")
         function.argtypes, function.restype = arguments, result
     return lib
-
-
-BACKWARD_VARIABLE = "GENREC_CUTLASS_BACKWARD"
-"""Environment variable that names a variant of the backward kernels, for comparisons: none is proven on a GPU."""
-
-_variant: int | None = None
-
-
-def backward_variants() -> list[str]:
-    """Names of the backward kernels beside the default ones; number n of the C interface is the n-th from 1 on."""
-    return library().genrec_attention_backward_variants().decode().split()
-
-
-def choose_backward(name: str | None) -> None:
-    """Let the variant `name` serve the backward passes that it has kernels for; None for the default kernels.
-
-    A plan belongs to the variant that it was made for: choose before the batch's first call.
-
-    Raises:
-        ValueError: No variant has that name.
-    """
-    global _variant
-    names = backward_variants() if name else []
-    if name and name not in names:
-        raise ValueError(f"the CUTLASS attention has no backward variant {name!r}; it has {', '.join(names)}")
-    _variant = names.index(name) + 1 if name else 0
-
-
-def backward_variant() -> int:
-    """The chosen variant's number; at first what GENREC_CUTLASS_BACKWARD names.
-
-    Raises:
-        ValueError: No variant has the name that GENREC_CUTLASS_BACKWARD holds.
-    """
-    if _variant is None:
-        choose_backward(os.environ.get(BACKWARD_VARIABLE))
-    assert _variant is not None
-    return _variant
 
 
 def why_not(problem: Problem, backward: bool) -> str | None:

@@ -117,7 +117,7 @@ class CutlassBackend:
             versions = [None if t is None or t.is_inference() else t._version for t in given]
             stream = torch.cuda.current_stream(q.device)
             shapes = (q.shape, k.shape[0], v.shape[2], q.dtype, q.device)
-            facts = (*versions, *shapes, stream, words, binding.backward_variant())
+            facts = (*versions, *shapes, stream, words)
             last = self._last
             if last is not None and last.facts == facts and all(a is b for a, b in zip(last.given, given, strict=True)):
                 return last
@@ -175,7 +175,7 @@ def _problem(
         query_rows=q.shape[0], key_rows=k.shape[0],
         query_offsets=q_offsets.data_ptr(), key_offsets=kv_offsets.data_ptr(),
         contexts=_pointer(contexts), targets=_pointer(targets), scales=_pointer(scales), alpha=alpha, scale=scale,
-        bias=bias or binding.Bias(), backward_variant=binding.backward_variant(),
+        bias=bias or binding.Bias(),
     )  # fmt: skip
 
 

@@ -260,6 +260,10 @@ inline void arrive_threads(uint32_t barrier, int threads) {
   emulator::arrive(emulator::block().named[barrier], threads);
 }
 inline int uniform(int value) { return value; }
+template <class Value>
+Value settled(Value value) {
+  return value;
+}
 
 inline uint32_t exchange(uint32_t word, int lanes) {
   auto& words = emulator::block().words[threadIdx.x / 32];
@@ -322,7 +326,9 @@ inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, ui
   sync_warp();
 }
 
-inline void add_to_global(float* where, float a, float b, float c, float d) {
+template <int kOffset>
+void add_to_global(float* where, float a, float b, float c, float d) {
+  where += kOffset;
   where[0] += a, where[1] += b, where[2] += c, where[3] += d;
 }
 

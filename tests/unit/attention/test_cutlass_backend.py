@@ -162,26 +162,7 @@ def test_layers_share_the_plan_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> No
     assert made[0][3].dtype == torch.int32
     assert plan(window=2) is not first
     assert plan(offsets=offsets.clone()) is not first
-    monkeypatch.setattr(_cutlass_binding, "_variant", 2)  # other tiles
-    assert plan() is not first
-    monkeypatch.setattr(_cutlass_binding, "_variant", 0)
     last = plan()
     counts += 1  # the same tensor with other values
     assert plan() is not last
-    assert len(made) == 6
-
-
-def test_a_variant_of_the_backward_pass_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cutlass_binding, "backward_variants", lambda: ["order", "wide"])
-    for name, number in ((None, 0), ("", 0), ("wide", 2)):
-        monkeypatch.setattr(_cutlass_binding, "_variant", None)
-        if name is None:
-            monkeypatch.delenv(_cutlass_binding.BACKWARD_VARIABLE, raising=False)
-        else:
-            monkeypatch.setenv(_cutlass_binding.BACKWARD_VARIABLE, name)
-        assert _cutlass_binding.backward_variant() == number
-    monkeypatch.setenv(_cutlass_binding.BACKWARD_VARIABLE, "narrow")
-    assert _cutlass_binding.backward_variant() == 2  # read once
-    monkeypatch.setattr(_cutlass_binding, "_variant", None)
-    with pytest.raises(ValueError, match="no backward variant 'narrow'; it has order, wide"):
-        _cutlass_binding.backward_variant()
+    assert len(made) == 5
