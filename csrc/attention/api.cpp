@@ -54,6 +54,12 @@ bool is_causal(const genrec_attention_problem& p) {
   return p.contexts == nullptr && p.targets == nullptr && p.window < 0 && p.causal != 0;
 }
 
+bool serves(const ForwardInstance&, const genrec_attention_problem&) { return true; }
+
+bool serves(const BackwardInstance& one, const genrec_attention_problem& p) {
+  return one.lengths == SequenceLengths::kAll || (one.lengths == SequenceLengths::kLong) == (p.key_rows >= kLongMean * p.sequences);
+}
+
 // The smallest instance that holds the dims. The general mask covers the causal one.
 template <class Instance, size_t kCount>
 const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p, Bias bias) {
@@ -61,7 +67,7 @@ const Instance* find(const Instance (&table)[kCount], const genrec_attention_pro
   const Instance* best = nullptr;
   for (const Instance& one : table) {
     if (std::strcmp(one.dtype, dtype_name(p.dtype)) != 0 || one.dim < dim || (one.causal && !is_causal(p))) continue;
-    if (one.bias != bias) continue;
+    if (one.bias != bias || !serves(one, p)) continue;
     if (best == nullptr || one.dim < best->dim || (one.dim == best->dim && one.causal)) best = &one;
   }
   return best;
@@ -74,7 +80,7 @@ struct Backward {
 };
 
 bool same_tiles(const BackwardInstance& a, const BackwardInstance& b) {
-  return a.blocks.keys == b.blocks.keys && a.blocks.queries == b.blocks.queries;
+  return a.blocks.keys == b.blocks.keys && a.blocks.listed_queries() == b.blocks.listed_queries();
 }
 
 Backward find_backward(const genrec_attention_problem& p) {
@@ -131,11 +137,11 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.queries, 0, 0}, {0, 0, 0, 0, 0}};
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0}, {0, 0, 0, 0, 0}};
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
-    shape.size[kBiasedQueries] = biased->blocks.queries;
+    shape.size[kBiasedQueries] = biased->blocks.listed_queries();
   }
   for (int which = 0; which < kPlanLists; ++which) {
     if (shape.size[which] == 0) continue;
@@ -232,7 +238,7 @@ struct BackwardMemory {
   // `blocks`: of the kernel's launch.
   BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, int blocks) {
     const Backward one = find_backward(p);
-    const int64_t tiles = shape.capacity[one.queries] * p.heads;
+    const int64_t tiles = one.kernel.blocks.gathers() ? shape.capacity[one.queries] * p.heads : 0;
     turns_at = 64;
     sum_at = turns_at + (deterministic ? aligned(tiles * 2 * 4) : 0);
     position_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
@@ -262,7 +268,7 @@ std::string list_instances() {
   }
   for (const BackwardInstance& one : kBackward) {
     lines += std::string("backward ") + one.dtype + " " + std::to_string(one.dim) + (one.causal ? " causal " : " general ") +
-             bias_name(one.bias) + "\n";
+             bias_name(one.bias) + (one.lengths == SequenceLengths::kLong ? " long\n" : "\n");
   }
   return lines;
 }
@@ -350,10 +356,12 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   const PlanShape shape = plan_shape(p);
   BackwardParams params{};
   int most = 0;
-  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
-      encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
-      encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 ||
-      encode(&params.d_out, "d_out", p, d_out, p.query_rows, p.v_dim, one.dim, one.blocks.queries) != 0 ||
+  const bool gathers = one.blocks.gathers();
+  const int query_box = gathers ? one.blocks.queries : kBoxRows, key_box = gathers ? one.blocks.keys : kBoxRows;
+  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, query_box) != 0 ||
+      encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, key_box) != 0 ||
+      encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, key_box) != 0 ||
+      encode(&params.d_out, "d_out", p, d_out, p.query_rows, p.v_dim, one.dim, query_box) != 0 ||
       multiprocessors(&most) != 0)
     return -1;
   const int blocks = blocks_for(shape.capacity[key_list], p.heads, most);
@@ -365,6 +373,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   params.list = shape.list(plan, key_list);
   params.dk = output(dk, p.qk_dim);
   params.dv = output(dv, p.v_dim);
+  params.dq = output(dq, p.qk_dim);
   params.dq_sum = reinterpret_cast<float*>(base + memory.sum_at);
   params.turns = deterministic ? reinterpret_cast<int*>(base + memory.turns_at) : nullptr;
   BiasParams bias = bias_params(p.bias);
@@ -376,7 +385,12 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   if (time.entries > 0) bias.relative.time_sums = const_cast<float*>(time.copies);
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
-    error = one.launch(params, bias, pass, blocks, on);
+    int used = blocks;
+    if (!gathers && pass == one.blocks.passes - 1) {
+      params.list = shape.list(plan, query_list);
+      used = blocks_for(shape.capacity[query_list], p.heads, most);
+    }
+    error = one.launch(params, bias, pass, used, on);
     if (error != cudaSuccess) return fail("backward_kernel", error);
   }
   for (const SumParams* table : {&position, &time}) {
@@ -384,6 +398,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
     error = one.sum_tables(*table, on);
     if (error != cudaSuccess) return fail("sum_tables_kernel", error);
   }
+  if (!gathers) return 0;
   const ConvertParams convert{common(p, nullptr), shape.list(plan, query_list), params.dq_sum,
                               output(dq, p.qk_dim)};
   error = one.convert(convert, blocks_for(shape.capacity[query_list], p.heads, 16 * most), on);

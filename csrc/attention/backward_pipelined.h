@@ -145,9 +145,11 @@ struct alignas(1024) PipelinedShared {
 
 // D up to 128: 64 keys for each warpgroup, as in backward.h. Up to 64, 128 queries a step: half the shared memory's
 // traffic for each product. At 64 SiLU' is kept in 16 bits to make room in the registers.
-template <class Element_, int D_, bool kCausal_>
+template <class Element_, int D_, bool kCausal_, bool kGathers_>
 struct PipelinedShape {
   using Element = Element_;
+  static constexpr bool kGathers = kGathers_;  // dQ; else that is another kernel's work (backward_queries.h)
+  static constexpr int kQueryBox = kGathers ? (D_ <= 64 ? 128 : 64) : kBoxRows, kKeyBox = kGathers ? 128 : kBoxRows;
   static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
   static constexpr bool kCausal = kCausal_, kPacked = D == 64;
   static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 2;
@@ -205,7 +207,7 @@ __device__ inline void pipelined_produce(const BackwardParams& p, typename Shape
     const auto load_keys = [&](const CUtensorMap& map, auto& ring, auto& buffers) {
       ring.empty[keys.stage].wait(keys.parity);
       ring.full[keys.stage].arrive_and_expect_tx(kKeyBytes);
-      load_tile<Element, kKeys, D>(map, ring.full[keys.stage], buffers[keys.stage], tile.key_start + tile.first,
+      load_tile<Element, kKeys, D, Shape::kKeyBox>(map, ring.full[keys.stage], buffers[keys.stage], tile.key_start + tile.first,
                                    unit.head);
     };
     load_keys(p.k, shared.k_ring, shared.k);
@@ -215,13 +217,14 @@ __device__ inline void pipelined_produce(const BackwardParams& p, typename Shape
       const int m = ranges.tile(i), row = tile.query_start + m * kQueries;
       shared.q_ring.empty[q.stage].wait(q.parity);
       shared.q_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
-      load_tile<Element, kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row, unit.head);
+      load_tile<Element, kQueries, D, Shape::kQueryBox>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row, unit.head);
       shared.steps[q.stage] = step_record<Shape>(p, tile, mask, band, unit.head, m);  // while Q is under way
       shared.q_ring.full[q.stage].arrive();
       if (i == 0) load_keys(p.v, shared.v_ring, shared.v);  // after the first Q: S needs K and Q only
       shared.d_out_ring.empty[q.stage].wait(q.parity);
       shared.d_out_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
-      load_tile<Element, kQueries, D>(p.d_out, shared.d_out_ring.full[q.stage], shared.d_out[q.stage], row, unit.head);
+      load_tile<Element, kQueries, D, Shape::kQueryBox>(p.d_out, shared.d_out_ring.full[q.stage],
+                                                        shared.d_out[q.stage], row, unit.head);
       q.next();
     }
     // A tile that nothing sees has no V: the barrier completes without one, so that phases keep step with K's.
@@ -376,21 +379,27 @@ struct PipelinedConsumer : PipelinedLoop<Shape, PipelinedConsumer<Shape>> {
       wait_for<1>(d_weights);
       auto ds = make_operand<Element, kQueries>();
       differentiate<Element>(derivatives, d_weights, ds);
-      // One buffer for each stage of Q: the other warpgroup's dQ of two tiles ago was complete before it came to the
-      // barrier of the last tile, which this one has passed too.
-      write_scores<kKeys, kQueries>(ds, shared.ds[q.stage], 64 * warpgroup, 0, lane);
-      sync_threads(kDsWritten, 256);
-
-      Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
-      issue_product<true>(dq_mma, ds_rows(_, _, _, q.stage), k_columns(_, _, _, keys.stage), dq);
-      issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
       Place<Shape::kQueryStages> next = q;
       next.next();
-      wait_for<2>(dv);
-      release(shared.d_out_ring.empty[q.stage]);
-      wait_for<1>(dq);
-      this->gather(dq, record);
-      if constexpr (kNext) issue_scores(next);  // into dQ's registers; there are no others
+      if constexpr (Shape::kGathers) {
+        // One buffer for each stage of Q: the other warpgroup's dQ of two tiles ago was complete before it came to the
+        // barrier of the last tile, which this one has passed too.
+        write_scores<kKeys, kQueries>(ds, shared.ds[q.stage], 64 * warpgroup, 0, lane);
+        sync_threads(kDsWritten, 256);
+        Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
+        issue_product<true>(dq_mma, ds_rows(_, _, _, q.stage), k_columns(_, _, _, keys.stage), dq);
+        issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
+        wait_for<2>(dv);
+        release(shared.d_out_ring.empty[q.stage]);
+        wait_for<1>(dq);
+        this->gather(dq, record);
+        if constexpr (kNext) issue_scores(next);  // into dQ's registers; there are no others
+      } else {
+        issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
+        if constexpr (kNext) issue_scores(next);
+        wait_for<kNext + 1>(dv);
+        release(shared.d_out_ring.empty[q.stage]);
+      }
       wait_for<kNext>(dk);
       release(shared.q_ring.empty[q.stage]);
       if constexpr (kNext) wait_for<0>(scores);

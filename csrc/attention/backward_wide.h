@@ -16,11 +16,12 @@
 
 namespace genrec::attention {
 
-template <class Element_, bool kCausal_>
+template <class Element_, bool kCausal_, bool kGathers_>
 struct WideShape {
   using Element = Element_;
   static constexpr int D = 256, kQueries = 64, kKeys = 64;
-  static constexpr bool kCausal = kCausal_;
+  static constexpr bool kCausal = kCausal_, kGathers = kGathers_;
+  static constexpr int kQueryBox = 64, kKeyBox = 64;
   static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 1;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -112,14 +113,17 @@ struct WideConsumer : PipelinedLoop<Shape, WideConsumer<Shape>> {
       sync_threads(kDsWritten, 256);
 
       Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
-      issue_product<true>(dq_mma, ds_rows(_, _, _, q.stage), k_columns(_, _, _, 0), dq);
+      if constexpr (Shape::kGathers)
+        issue_product<true>(dq_mma, ds_rows(_, _, _, q.stage), k_columns(_, _, _, 0), dq);
       issue_product<false>(shared_out_mma, weights_matrix(_, _, make_coord(_, other), q.stage),
                            d_out_columns(_, _, make_coord(_, other), q.stage), dv);
       issue_product<false>(out_mma, ds, q_columns(_, _, make_coord(_, mine), q.stage), dk);
       issue_product<false>(shared_out_mma, ds_matrix(_, _, make_coord(_, other), q.stage),
                            q_columns(_, _, make_coord(_, other), q.stage), dk);
-      wait_for<3>(dq);
-      this->gather(dq, record);
+      if constexpr (Shape::kGathers) {
+        wait_for<3>(dq);
+        this->gather(dq, record);
+      }
       wait_for<2>(dv);
       release(shared.d_out_ring.empty[q.stage]);
       wait_for<0>(dk);

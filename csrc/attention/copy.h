@@ -34,12 +34,16 @@ using TransposedLayout = decltype(cute::composition(
 template <class Element, int kRows, int D>
 constexpr uint32_t kTileBytes = kRows * D * sizeof(Element);
 
-// Rows [row, row + kRows) of one head into `tile`. One thread calls it, having told `full` of kTileBytes bytes.
-template <class Element, int kRows, int D>
+// Rows [row, row + kRows) of one head into `tile`, by boxes of kBox rows. One thread calls it, having told `full` of
+// kTileBytes bytes.
+template <class Element, int kRows, int D, int kBox = kRows>
 __device__ inline void load_tile(const CUtensorMap& map, FullBarrier& full, Element* tile, int row, int head) {
   CUTE_UNROLL
   for (int c = 0; c < D / kChunk<D>; ++c) {
-    load_box<kRows, kChunk<D>>(map, full, tile + c * kRows * kChunk<D>, c * kChunk<D>, head, row);
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; r += kBox) {
+      load_box<kBox, kChunk<D>>(map, full, tile + (c * kRows + r) * kChunk<D>, c * kChunk<D>, head, row + r);
+    }
   }
 }
 

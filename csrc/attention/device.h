@@ -134,6 +134,14 @@ __device__ inline auto operand_b(Slice const& slice, Tile const& tile) {
   return slice.partition_fragment_B(tile);
 }
 
+// An operand in shared memory whose addresses the compiler computes where they are used: kept over a loop, they take
+// registers that are not there.
+template <class Operand>
+__device__ inline Operand settled_operand(Operand operand) {
+  asm volatile("" : "+l"(operand.data().desc_.desc_));
+  return operand;
+}
+
 // Issues c (+)= a b and returns at once; the product is done when wait_for says so.
 template <bool kZero, class Mma, class A, class B, class C>
 __device__ inline void issue_product(Mma& mma, A const& a, B const& b, C& c) {

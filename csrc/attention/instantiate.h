@@ -1,4 +1,5 @@
-// The generated files hold one line each: GENREC_FORWARD(bf16, 128, general, relative).
+// The generated files hold one line each: GENREC_FORWARD(bf16, 128, general, relative). "gathered": of the backward
+// kernels without a bias the one that gathers dQ in sums, where there is another.
 #pragma once
 
 #include <cutlass/bfloat16.h>
@@ -11,7 +12,7 @@ namespace genrec::attention {
 using bf16 = cutlass::bfloat16_t;
 using fp16 = cutlass::half_t;
 constexpr bool kMask_causal = true, kMask_general = false;
-constexpr Bias kBias_none = Bias::kNone, kBias_relative = Bias::kRelative, kBias_dense = Bias::kDense;
+constexpr Bias kBias_none = Bias::kNone, kBias_gathered = Bias::kNone, kBias_relative = Bias::kRelative, kBias_dense = Bias::kDense;
 
 // A kernel's parameters of those that all have and those of its bias.
 template <class Shape, class Base>

@@ -24,15 +24,34 @@ cudaError_t convert_dq(const ConvertParams& params, int blocks, cudaStream_t str
   return cudaGetLastError();
 }
 
-template <class Element, int D, bool kCausal>
+template <class Shape, class Kernel>
+cudaError_t launch_plain(Kernel kernel, const BackwardParams& params, int blocks, cudaStream_t stream) {
+  return launch_kernel(kernel, params, blocks, Shape::kThreads, sizeof(typename Shape::Shared), stream);
+}
+
+constexpr bool kGather_none = false, kGather_gathered = true, kGather_relative = true, kGather_dense = true;
+
+template <class Element, int D, bool kCausal, bool kGathered>
 BackwardInstance plain_backward_instance(const char* dtype) {
-  using Shape = typename PlainBackward<Element, D, kCausal>::Shape;
-  return {dtype, D, kCausal, Bias::kNone, {Shape::kQueries, Shape::kKeys, 1, 0},
-          [](const BackwardParams& params, const BiasParams&, int, int blocks, cudaStream_t stream) {
-            const auto kernel = pipelined_backward_kernel<Shape, typename PlainBackward<Element, D, kCausal>::Consumer>;
-            return launch_kernel(kernel, params, blocks, Shape::kThreads, sizeof(typename Shape::Shared), stream);
-          },
-          convert_dq<Shape>, nullptr};
+  using Kernels = PlainBackward<Element, D, kCausal, kGathered || D <= 64>;
+  using Keys = typename Kernels::Keys;
+  BackwardInstance one{};
+  one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = Bias::kNone;
+  one.lengths = D != 128 ? SequenceLengths::kAll : kGathered ? SequenceLengths::kLong : SequenceLengths::kShort;
+  one.blocks = {Keys::kQueries, Keys::kKeys, 1, 0};
+  one.launch = [](const BackwardParams& params, const BiasParams&, int pass, int blocks, cudaStream_t stream) {
+    if constexpr (!Kernels::kGathers) {
+      using Queries = typename Kernels::Queries;
+      if (pass == 1) return launch_plain<Queries>(queries_kernel<Queries>, params, blocks, stream);
+    }
+    return launch_plain<Keys>(pipelined_backward_kernel<Keys, typename Kernels::Consumer>, params, blocks, stream);
+  };
+  if constexpr (Kernels::kGathers) {
+    one.convert = convert_dq<Keys>;
+  } else {
+    one.blocks.passes = 2, one.blocks.dq_rows = Kernels::Queries::kQueries;
+  }
+  return one;
 }
 
 template <class Element, int D, bool kCausal, Bias kBias>
@@ -54,10 +73,10 @@ BackwardInstance biased_backward_instance(const char* dtype) {
   return one;
 }
 
-template <class Element, int D, bool kCausal, Bias kBias>
+template <class Element, int D, bool kCausal, Bias kBias, bool kGathered>
 BackwardInstance backward_instance(const char* dtype) {
   if constexpr (kBias == Bias::kNone) {
-    return plain_backward_instance<Element, D, kCausal>(dtype);
+    return plain_backward_instance<Element, D, kCausal, kGathered>(dtype);
   } else {
     return biased_backward_instance<Element, D, kCausal, kBias>(dtype);
   }
@@ -68,6 +87,6 @@ BackwardInstance backward_instance(const char* dtype) {
 #define GENREC_BACKWARD(dtype, dim, mask, bias)                                           \
   namespace genrec::attention {                                                           \
   BackwardInstance backward_##dtype##_##dim##_##mask##_##bias() {                         \
-    return backward_instance<dtype, dim, kMask_##mask, kBias_##bias>(#dtype);             \
+    return backward_instance<dtype, dim, kMask_##mask, kBias_##bias, kGather_##bias>(#dtype); \
   }                                                                                       \
   }

@@ -13,6 +13,11 @@ struct ForwardBlocks {
 struct BackwardBlocks {
   int queries, keys, passes;
   int tables;  // copies of the tables' gradients that each block sums
+  // Rows of the tiles of a last pass that gives dQ, all of whose boxes have kBoxRows rows; 0: dQ is gathered in sums.
+  int dq_rows = 0;
+
+  bool gathers() const { return dq_rows == 0; }
+  int listed_queries() const { return gathers() ? queries : dq_rows; }
 };
 
 // What of it counts depends on the instance's bias.
@@ -37,11 +42,16 @@ struct ForwardInstance {
   cudaError_t (*launch)(const ForwardParams&, const BiasParams&, int blocks, cudaStream_t);
 };
 
+// The batches that an instance is for, by their sequences' mean number of keys.
+enum class SequenceLengths : int { kAll = 0, kShort = 1, kLong = 2 };
+constexpr int64_t kLongMean = 2048;
+
 struct BackwardInstance {
   const char* dtype;
   int dim;
   bool causal;
   Bias bias;
+  SequenceLengths lengths;
   BackwardBlocks blocks;
   // `pass` counts from 0; each needs a counter of its own.
   cudaError_t (*launch)(const BackwardParams&, const BiasParams&, int pass, int blocks, cudaStream_t);

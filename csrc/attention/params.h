@@ -69,6 +69,9 @@ struct BiasedParams : Base {
   typename BiasOf<kBias>::Params bias;
 };
 
+// Rows that one box of the copy engine holds where kernels of different tiles read the same tensors.
+constexpr int kBoxRows = 64;
+
 struct ForwardParams {
   CUtensorMap q, k, v;
   Common common;
@@ -85,6 +88,7 @@ struct BackwardParams {
   float* dq_sum;
   // Null, or (padded tile, head) zeros: how many key tiles have added to that tile of dQ. Fixes the order of sums.
   int* turns;
+  Output dq;  // of a pass of its own (backward_queries.h), which has tiles of queries in its list
 };
 
 struct ConvertParams {

@@ -356,6 +356,11 @@ auto operand_b(Slice const& slice, Tile const& tile) {
   return slice.partition_B(tile);
 }
 
+template <class Operand>
+Operand settled_operand(Operand operand) {
+  return operand;
+}
+
 // wgmma's m64nNk16 by its documentation: who holds which accumulator and which element of A in registers.
 template <bool kZero, class A, class B, class C>
 void compute_product(A const& a, B const& b, C& c) {

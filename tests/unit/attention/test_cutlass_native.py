@@ -159,8 +159,10 @@ def test_missing_arguments_are_named(library: ctypes.CDLL) -> None:
 
 
 def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
-    problem = ctypes.byref(_problem())
-    assert binding.call("workspace_bytes", problem, 0, 0) == 64
+    # At D = 128 short sequences have a pass for dQ; long ones, and D = 64, gather it in sums.
+    short, problem = ctypes.byref(_problem()), ctypes.byref(_problem(key_rows=3 * 2048))
+    assert [binding.call("workspace_bytes", short, b, d) for b, d in ((0, 0), (1, 0), (1, 1))] == [64, 64, 64]
+    assert binding.call("workspace_bytes", ctypes.byref(_problem(qk_dim=64, v_dim=64)), 1, 0) > 1000 * 4 * 64 * 4
     plain, ordered = (binding.call("workspace_bytes", problem, 1, d) for d in (0, 1))
     # At least a float for each element of q, at most with each of three sequences padded to a tile of 128 rows.
     assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 64
@@ -169,8 +171,13 @@ def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
 
 
 def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes.CDLL) -> None:
-    """At D = 64 and 256 the backward kernels with a bias have other tiles than those without: five lists, not three."""
-    least = 64 + (2 * 3 + 2 * 1000 // 128) * 32  # two lists of tiles of 128 rows
-    sizes = {dim: binding.call("plan_bytes", ctypes.byref(_problem(qk_dim=dim, v_dim=dim))) for dim in (64, 128, 256)}
-    assert sizes[64] > sizes[128] > least
-    assert sizes[256] > sizes[128]
+    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128)}
+    long = {size: rows // size + 3 for size in (64, 128)}
+    # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too.
+    problem = _problem(query_rows=rows, key_rows=rows)
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64])
+    # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
+    assert binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64])
+    # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one.
+    problem = _problem(qk_dim=256, v_dim=256)
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * short[128] + 2 * short[64])
