@@ -37,13 +37,14 @@ def stages() -> list[tuple[str, Any]]:
     if os.environ.get(BESIDE):
         found += [(f"beside D={dim} S={length}", ("beside", dim, length)) for dim in DIMS for length in (4096, 1024)]
     for dim in (*DIMS, 32):
-        found += [(f"backward ordered D={dim}", ("check", dim, CASES["mixed"], True, True))]
+        found += [(f"backward ordered D={dim} {name}", ("check", dim, CASES[name], True, True))
+                  for name in ("mixed", "long mixed")]  # fmt: skip
     found += [("dims 40 and 72", ("check", (40, 72), CASES["mixed"], True, False))]
     for backward in (False, True):
         word = "backward" if backward else "forward"
         for dim in (*DIMS, 32):
             found += [(f"fp16 {word} D={dim} {name}", ("check", dim, CASES[name], backward, False, "float16"))
-                      for name in ("causal", "mixed", "cached")]  # fmt: skip
+                      for name in ("causal", "mixed", "cached", "long", "long mixed")]  # fmt: skip
     return found + bias_stages()
 
 
@@ -72,6 +73,9 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed": {"lengths": (300, 1, 0, 517), "contexts": (3, 1, 0, 5), "targets": (70, 0, 0, 33), "group": 2},
     "window": {"lengths": (700, 65), "contexts": (4, 0), "targets": (9, 2), "window": 100},
     "cached": {"lengths": (60, 1, 0, 130), "kv_lengths": (400, 131, 7, 300)},
+    # Kernels for sequences of 2,048 rows and more in the mean, where there are such (csrc/attention/launch.h).
+    "long": {"lengths": (2300, 2048)},
+    "long mixed": {"lengths": (2500,), "contexts": (3,), "targets": (70,), "group": 2},
 }
 
 BIASES: dict[str, tuple[str, dict[str, Any]]] = {

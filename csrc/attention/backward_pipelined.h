@@ -269,7 +269,7 @@ struct PipelinedLoop {
  private:
   // Who sees each of this warpgroup's keys.
   __device__ void write_sights(const TileRecord& tile) {
-    const int thread = threadIdx.x % 128;
+    sync_threads(kTurnTaken + warpgroup, 128);  // all have read the last tile's
     if (thread < 64) {
       const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
       shared.sights[warpgroup][thread] = mask.column(tile.first + (kKeys == 128 ? 64 * warpgroup : 0) + thread);

@@ -136,6 +136,7 @@ template <class Shape>
 __device__ inline void write_row_sights(const BackwardParams& p, typename Shape::Shared& shared, const TileRecord& tile,
                                         int warpgroup) {
   const int thread = threadIdx.x % 128;
+  sync_threads(kTurnTaken + warpgroup, 128);  // all have read the last tile's
   if (thread < 64) {
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     shared.sights[warpgroup][thread] = mask.row(tile.first + tile.keys - tile.queries + 64 * warpgroup + thread);
