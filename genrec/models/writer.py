@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import pyarrow as pa
-import pyarrow.parquet as pq
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
+
+if TYPE_CHECKING:  # models import without it
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -52,6 +54,9 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         if not self._writes:
             return
         table = pa.table({name: _column(values) for name, values in prediction.items()})
@@ -80,6 +85,8 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _column(values: Tensor) -> pa.Array:
+    import pyarrow as pa
+
     array = values.detach().cpu().numpy()
     if array.ndim == 1:
         return pa.array(array)
