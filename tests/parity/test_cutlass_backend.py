@@ -17,6 +17,9 @@ if _reason is not None:
 
 # The grid's small dims, and dims that the kernels hold: every mask at each.
 CASES = [replace(case, name=f"{case.name}-{dim}", qk_dim=dim, v_dim=dim) for case in GRID for dim in (16, 64, 128, 256)]
+# Sequences of 2,048 keys and more in the mean have a backward kernel of their own at D = 128.
+_LONG = Case("very_long", (2100, 2050), heads=1, qk_dim=128, v_dim=128)
+CASES += [_LONG, replace(_LONG, name="very_long_masked", contexts=(3, 0), targets=(40, 7), group=2)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
