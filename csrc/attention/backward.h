@@ -184,12 +184,14 @@ __device__ inline void backward_prepare_bias(const typename Shape::Params& p, ty
       const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
       const TileRanges ranges =
           mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries);
-      const BiasWriter<false, Shape::kKeys, Shape::kQueries> writer(p.bias, shared.bias.buckets, tile);
+      BiasWriter<false, Shape::kKeys, Shape::kQueries> writer(p.bias, shared.bias.buckets, tile);
       const int count = ranges.count();
       CUTE_NO_UNROLL
       for (int i = 0; i < count; ++i, place.next()) {
+        const int first_query = ranges.tile(i) * Shape::kQueries;
+        writer.fetch(first_query);
         shared.bias.ring.empty[place.stage].wait(place.parity);
-        writer.write(shared.bias.tiles[place.stage], ranges.tile(i) * Shape::kQueries);
+        writer.put(shared.bias.tiles[place.stage], first_query);
         release(shared.bias.ring.full[place.stage]);
       }
     }

@@ -1,191 +1,150 @@
-// The bias of a tile of scores.
-//
-// A tile has fixed rows (queries forward, keys backward: the accumulators' rows) and streams past tiles of the others.
-// For the relative bias a warp beside the one that loads prepares each streamed tile while the products of the one
-// before run: the piece of the position table that the tile needs, the streamed times, and how their buckets are told:
-//
-//   kOne   all distances of the tile lie in one bucket: its weight is in the piece of the position table already;
-//   kFew   up to three edges cut the tile, and all distances have one sign s: s (f - g) >= edge is, with
-//          near = s g - base, near <= s f - edge - base: one comparison of 32 bits and one addition for each edge;
-//   kNear  distances below 2^30: an interval, an edge, a weight are looked up (buckets.h);
-//   kWide  the rest, in 64 bits.
-//
-// Most tiles far from the diagonal are of the first two kinds. Everything is halved: SiLU(x) = h + h tanh(h), h = x / 2.
+// The bias added to scores, by the threads that hold them; what it is added from: bias_tile.h.
 #pragma once
 
-#include <cute/tensor.hpp>
-
-#include "attention/barriers.h"
-#include "attention/buckets.h"
+#include "attention/bias_tile.h"
 #include "attention/mma.h"
 
 namespace genrec::attention {
 
-enum class TimeKind : int { kOne, kFew, kNear, kWide };
+// What a thread reads of a tile for kSize scores: columns -8, 0, 8 ... of the window and their neighbours of its first row,
+// which are columns 0, 8, 16 ... of the second, 8 further down; kinds of parts. `read` may come before the scores are
+// there: with kAhead the values are held in registers from then on.
+template <int kSize, bool kAhead>
+struct BiasValues {
+  static constexpr int kCount = kSize / 4 + 1;
+  uint32_t kinds;
 
-constexpr int kFewEdges = 3;
-
-// What a streamed tile's scores are added from. In shared memory; one warp writes, the consumers read.
-template <int kFixed, int kStreamed>
-struct BiasTile {
-  static constexpr int kRows = kFixed, kColumns = kStreamed;
-  static constexpr int kWindow = kFixed + kStreamed - 1;
-  // 16 banks between the copies: the even and the odd rows of a warp read beside each other.
-  static constexpr int kStride = (kWindow + 15) / 32 * 32 + 16;
-
-  // Entry column - row + kFixed - 1, twice: the second copy starts at entry 1, so that any two neighbours are aligned.
-  alignas(16) float window[2][kStride];
-  int near[kStreamed];
-  int64_t base, shift[kFewEdges];  // shift: edge + base
-  float step[kFewEdges];           // from the weight before an edge to that behind it
-  TimeKind kind;
-  int sign, first, edges;          // the tile's first bucket; the number of edges that cut it (kFew)
-};
-
-struct NoBiasMemory {};
-
-template <int kFixed, int kStreamed, int kStages>
-struct RelativeBiasMemory {
-  BiasTile<kFixed, kStreamed> tiles[kStages];
-  BucketTables buckets;
-  Ring<kStages> ring;
-};
-
-// Times of one sequence's rows; those beyond its end are its last one's.
-struct SequenceTimes {
-  const int64_t* of_keys;
-  const int64_t* of_queries;
-  int keys, queries;
-
-  __device__ SequenceTimes(const RelativeBias& bias, const TileRecord& tile)
-      : of_keys(bias.key_times + tile.key_start),
-        of_queries(bias.query_times ? bias.query_times + tile.query_start : nullptr),
-        keys(tile.keys), queries(tile.queries) {}
-  __device__ int64_t key(int j) const { return of_keys[smaller(j, keys - 1)]; }
-  // Counted from the sequence's first query.
-  __device__ int64_t query(int i) const {
-    return of_queries ? of_queries[smaller(i, queries - 1)] : key(i + keys - queries + 1);
-  }
-};
-
-// Which of the two is fixed. Rows are counted from the sequence's first key or query.
-template <bool kStreamsKeys>
-struct TileTimes : SequenceTimes {
-  using SequenceTimes::SequenceTimes;
-  __device__ int64_t fixed(int row) const { return kStreamsKeys ? query(row) : key(row); }
-  __device__ int64_t streamed(int row) const { return kStreamsKeys ? key(row) : query(row); }
-};
-
-struct TimeSpan {
-  int64_t low, high;
-
-  __device__ void take(int64_t time) {
-    low = time < low ? time : low;
-    high = time > high ? time : high;
-  }
-  // Of the warp's lanes together.
-  __device__ void gather() {
+  template <class Tile>
+  __device__ void read(const Tile& tile, int row, int column) {
+    // So that the compiler knows that they are the same in all lanes.
+    kinds = largest_of_warp(*reinterpret_cast<const uint32_t*>(tile.kinds[row / 16]));
+    const int x = column - row + Tile::kRows - 1, odd = x & 1;
+    window_ = tile.window[odd] + (x - odd) - 8;
+    if (!kAhead) return;
     CUTE_UNROLL
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      const int64_t other_low = exchange_time(low, lanes), other_high = exchange_time(high, lanes);
-      take(other_low);
-      take(other_high);
+    for (int n = 0; n < kCount; ++n) held_[n] = load(n);
+  }
+
+  // h = half_alpha s + window.
+  template <class Scores>
+  __device__ void add(Scores& scores, float half_alpha) const {
+    float2 before = value(0);
+    CUTE_UNROLL
+    for (int e = 0; e < kSize; e += 4) {
+      if (e % 16 == 0) keep_order();
+      const float2 now = value(e / 4 + 1);
+      scores(e) = fmaf(scores(e), half_alpha, now.x);
+      scores(e + 1) = fmaf(scores(e + 1), half_alpha, now.y);
+      scores(e + 2) = fmaf(scores(e + 2), half_alpha, before.x);
+      scores(e + 3) = fmaf(scores(e + 3), half_alpha, before.y);
+      before = now;
     }
   }
 
  private:
-  __device__ static int64_t exchange_time(int64_t time, int lanes) {
-    const auto bits = static_cast<uint64_t>(time);
-    const uint64_t high = exchange(static_cast<uint32_t>(bits >> 32), lanes);
-    return static_cast<int64_t>(high << 32 | exchange(static_cast<uint32_t>(bits), lanes));
-  }
+  const float* window_;
+  float2 held_[kAhead ? kCount : 1];
+
+  __device__ float2 load(int n) const { return *reinterpret_cast<const float2*>(window_ + 8 * n); }
+  __device__ float2 value(int n) const { return kAhead ? held_[n] : load(n); }
 };
 
-// The warp that prepares tiles.
-template <bool kStreamsKeys, int kFixed, int kStreamed>
-struct BiasWriter {
-  using Tile = BiasTile<kFixed, kStreamed>;
-  const RelativeBias& bias;
-  const BucketTables& buckets;
-  const TileTimes<kStreamsKeys> times;
-  const int lane, shift;
-  int first_fixed;
-  TimeSpan fixed{kNoDistance, -kNoDistance};
-
-  // `record`: of the fixed tile.
-  __device__ BiasWriter(const RelativeBias& b, const BucketTables& tables, const TileRecord& record)
-      : bias(b), buckets(tables), times(b, record), lane(threadIdx.x % 32), shift(record.keys - record.queries),
-        first_fixed(record.first) {
-    if (bias.time == nullptr) return;
+// The edges of 16 scores from the `first`-th on, a part of a tile. `near`: of the thread's first column of it; `low`,
+// `high`: s f of its rows, lowest digits.
+template <class Scores, class Tile>
+__device__ inline void add_edges(Scores& scores, int first, const Tile& tile, const BiasPart& part, int edges,
+                                 const int* near, uint32_t low, uint32_t high) {
+  CUTE_NO_UNROLL
+  for (int k = 0; k < edges; ++k) {
+    const BiasEdge edge = part.edge[k];
+    const int reach_low = static_cast<int>(low - tile.origin) + edge.reach;
+    const int reach_high = static_cast<int>(high - tile.origin) + edge.reach;
     CUTE_UNROLL
-    for (int n = 0; n < kFixed; n += 32) fixed.take(times.fixed(first_fixed + n + lane));
-    fixed.gather();
-  }
-
-  __device__ void write(Tile& tile, int first_streamed) const {
-    float constant = 0.f;
-    TimeKind kind = TimeKind::kOne;
-    if (bias.time != nullptr) kind = write_times(tile, first_streamed, constant);
-    if (lane == 0) tile.kind = kind;
-    write_window(tile, first_streamed, constant);
-  }
-
- private:
-  // How buckets are told; `constant`: the half weight that every pair has.
-  __device__ TimeKind write_times(Tile& tile, int first_streamed, float& constant) const {
-    constexpr int kOwn = kStreamed / 32;
-    int64_t own[kOwn];
-    TimeSpan streamed{kNoDistance, -kNoDistance};
-    CUTE_UNROLL
-    for (int n = 0; n < kOwn; ++n) streamed.take(own[n] = times.streamed(first_streamed + 32 * n + lane));
-    streamed.gather();
-    constexpr int64_t kSafe = int64_t{1} << 61, kShort = int64_t{1} << (kNearBits - 1);
-    const bool safe = fixed.low > -kSafe && fixed.high < kSafe && streamed.low > -kSafe && streamed.high < kSafe;
-    if (!safe) return TimeKind::kWide;
-    const int64_t ahead = fixed.low - streamed.high, behind = streamed.low - fixed.high;
-    const int64_t farthest = larger64(fixed.high - streamed.low, streamed.high - fixed.low);
-    const int first = bucket_of(buckets, distance_of(larger64(larger64(ahead, behind), 0), 0));
-    const int edges = bucket_of(buckets, distance_of(farthest, 0)) - first;
-    const bool one_sign = ahead >= 0 || behind >= 0;
-    const bool few = one_sign && edges <= kFewEdges && fixed.high - fixed.low < kShort &&
-                     streamed.high - streamed.low < kShort;
-    if (lane == 0) tile.first = first;
-    if (edges == 0 || few) constant = buckets.half_weights[first];
-    if (edges == 0) return TimeKind::kOne;
-    const int sign = !few || ahead >= 0 ? 1 : -1;
-    const int64_t base = sign > 0 ? streamed.low : -streamed.high;
-    CUTE_UNROLL
-    for (int n = 0; n < kOwn; ++n) tile.near[32 * n + lane] = static_cast<int>(sign * own[n] - base);
-    if (lane == 0) tile.sign = sign, tile.base = base, tile.edges = edges;
-    if (!few) return farthest < int64_t{1} << kNearBits ? TimeKind::kNear : TimeKind::kWide;
-    if (lane < edges) {
-      tile.shift[lane] = buckets.edges[first + 1 + lane] + base;
-      tile.step[lane] = buckets.half_weights[first + 1 + lane] - buckets.half_weights[first + lane];
-    }
-    return TimeKind::kFew;
-  }
-
-  __device__ void write_window(Tile& tile, int first_streamed, float constant) const {
-    // Entry x of a tile of queries and keys is table entry (key - query + M - 1): it rises with x where keys stream.
-    const int apart = kStreamsKeys ? first_streamed - (first_fixed + shift) - (kFixed - 1)
-                                   : first_fixed - (first_streamed + shift) + (kFixed - 1);
-    const int first = apart + bias.max_positions - 1, last = 2 * bias.max_positions - 2;
-    for (int x = lane; x < Tile::kWindow; x += 32) {
-      float value = constant;
-      if (bias.position != nullptr) {
-        const int entry = kStreamsKeys ? first + x : first - x;
-        value += 0.5f * bias.position[larger(0, smaller(entry, last))];  // pairs outside of the sequence are hidden
-      }
-      tile.window[0][x] = value;
-      if (x > 0) tile.window[1][x - 1] = value;
+    for (int n = 0; n < 4; ++n) {
+      if (n % 2 == 0) keep_order();
+      const int e = first + 4 * n;
+      const int2 times = *reinterpret_cast<const int2*>(near + 8 * n);
+      if (times.x <= reach_low) scores(e) += edge.step;
+      if (times.y <= reach_low) scores(e + 1) += edge.step;
+      if (times.x <= reach_high) scores(e + 2) += edge.step;
+      if (times.y <= reach_high) scores(e + 3) += edge.step;
     }
   }
+}
 
-  __device__ static int64_t larger64(int64_t a, int64_t b) { return a > b ? a : b; }
-};
+// The same with every weight looked up, in 32 bits. Loops that are not unrolled keep the code short, so that what runs more
+// often stays in the cache of instructions; but scores can't be indexed in them.
+template <class Scores, class Tile>
+__device__ inline void add_looked_up(Scores& scores, int first, const Tile& tile, const BucketTables& buckets,
+                                     const int* near, uint32_t low, uint32_t high) {
+  const auto base = static_cast<uint32_t>(tile.base);
+  CUTE_NO_UNROLL
+  for (int n = 0; n < 16; n += 4) {
+    keep_order();
+    const int2 times = *reinterpret_cast<const int2*>(near + 2 * n);
+    float weights[4];
+    CUTE_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const auto time = static_cast<uint32_t>(e % 2 ? times.y : times.x);
+      const auto apart = static_cast<int>((e < 2 ? low : high) - base - time);
+      weights[e] = buckets.half_weights[near_bucket_of(buckets, apart)];
+    }
+    CUTE_UNROLL
+    for (int e = 0; e < 16; ++e)
+      if (e / 4 * 4 == n) scores(first + e) += weights[e % 4];
+  }
+}
 
-// Turns a thread's scores s into h = (alpha s + bias) / 2. `row`, `column`: where its accumulators lie in the tile;
-// `low`, `high`: times of its two rows; `streamed(column)`: a streamed row's time.
+// In 64 bits. `fixed(down)`: f of the row so far below the thread's first; `streamed(column)`: g. Rare.
+template <class Scores, class Fixed, class Streamed>
+__device__ inline void add_looked_up_wide(Scores& scores, int first, const BucketTables& buckets, int column, Fixed fixed,
+                                          Streamed streamed) {
+  CUTE_NO_UNROLL
+  for (int n = 0; n < 16; n += 2) {
+    float weights[2];
+    CUTE_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      keep_order();
+      const uint64_t apart = distance_of(fixed(element_row(n)), streamed(column + element_column(n) + e));
+      weights[e] = buckets.half_weights[bucket_of(buckets, apart)];
+    }
+    CUTE_UNROLL
+    for (int e = 0; e < 16; ++e)
+      if (e / 2 * 2 == n) scores(first + e) += weights[e % 2];
+  }
+}
+
+// Turns a thread's scores s of a tile that is cut into parts into h = (alpha s + bias) / 2. `row`, `column`: where its
+// accumulators lie in the tile; `low`, `high`: the lowest digits of its two rows' times; `fixed(down)`: the time of the row
+// so far below the first of them, `streamed(column)`: a streamed row's.
+template <class Scores, class Values, class Tile, class Fixed, class Streamed>
+__device__ inline void add_bias_by_parts(Scores& scores, float half_alpha, const Values& values, const Tile& tile,
+                                         const BucketTables& buckets, int row, int column, uint32_t low, uint32_t high,
+                                         Fixed fixed, Streamed streamed) {
+  constexpr int kSize = decltype(cute::size(scores))::value;
+  values.add(scores, half_alpha);
+  if (values.kinds == kInWindow) return;
+  const BiasPart* parts = tile.parts[row / 16];
+  low *= static_cast<uint32_t>(tile.sign), high *= static_cast<uint32_t>(tile.sign);
+  CUTE_UNROLL
+  for (int first = 0; first < kSize; first += 16) {
+    const BiasPart& part = parts[first / 16];
+    const int kind = values.kinds >> first / 2 & 0xff, from = column + 2 * first;
+    keep_order();
+    if (kind < kLookUp) {
+      const float weight = part.weight;
+      CUTE_UNROLL
+      for (int e = first; e < first + 16; ++e) scores(e) += weight;
+      if (kind > kEdges) add_edges(scores, first, tile, part, kind - kEdges, tile.near + from, low, high);
+    } else if (kind == kLookUp) {
+      add_looked_up(scores, first, tile, buckets, tile.near + from, low, high);
+    } else {
+      add_looked_up_wide(scores, first, buckets, from, fixed, streamed);
+    }
+  }
+}
+
+// The same for a tile that isn't. `low`, `high`: the times of the thread's two rows.
 template <class Scores, class Tile, class Streamed>
 __device__ inline void add_relative_bias(Scores& scores, float half_alpha, const Tile& tile, const BucketTables& buckets,
                                          int row, int column, int64_t low, int64_t high, Streamed streamed) {

@@ -57,6 +57,8 @@ __device__ inline float* settled(float* value) {
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 __device__ inline uint32_t exchange(uint32_t word, int lanes) { return __shfl_xor_sync(0xffffffffu, word, lanes); }
+__device__ inline int largest_of_warp(int value) { return __reduce_max_sync(0xffffffffu, value); }
+__device__ inline uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 __device__ inline float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 // The bits of an integer's value in fp32, digits beyond cut off.

@@ -26,6 +26,7 @@ struct ForwardShape {
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = D == 256 ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
+  static constexpr bool kBiasAhead = kConsumers == 2;  // registers left for the bias before the scores are there
   // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
   static constexpr int kQueryStages = D == 256 ? 1 : 2;
   static constexpr int kKeyStages = D <= 64 ? 4 : 2;
@@ -45,7 +46,7 @@ struct ForwardShape {
       Warpgroups{}));
 
   using Params = cute::conditional_t<kBias == Bias::kNone, ForwardParams, BiasedParams<ForwardParams, kBias>>;
-  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kQueries, kKeys, kBiasWarps>, NoBiasMemory>;
+  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kQueries, kKeys, kBiasWarps, true>, NoBiasMemory>;
 
   struct Work {
     TileRecord tile;
@@ -145,11 +146,13 @@ __device__ inline void forward_prepare_bias(const typename Shape::Params& p, typ
     const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
     const int count = ranges.count();
     if (next < count) {
-      const BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile);
+      BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile);
       CUTE_NO_UNROLL
       for (; next < count; next += kWarps, turn.next()) {
+        const int first_key = ranges.tile(next) * Shape::kKeys;
+        writer.fetch(first_key);
         shared.bias.ring.empty[warp].wait(turn.parity);
-        writer.write(bias_tile, ranges.tile(next) * Shape::kKeys);
+        writer.put(bias_tile, first_key);
         release(shared.bias.ring.full[warp]);
       }
     }
@@ -212,18 +215,27 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
     const int i1 = smaller(i0 + Shape::kQueries, tile.keys), row = i0 + 64 * warpgroup + lane.row();
     const RowSight low = mask.row(row), high = mask.row(row + 8);
     const RowBand band = mask.rows(i0, i1);
-    int64_t times[2] = {0, 0};
+    const int fixed_row = 64 * warpgroup + lane.row();
+    const auto query_time = [&](int down) {
+      if constexpr (Shape::kRelative) return TileTimes<true>(p.bias, tile).fixed(tile.first + fixed_row + down);
+    };
+    uint32_t times[2] = {0, 0};  // lowest digits, of the thread's two rows
     if constexpr (Shape::kRelative) {
-      const TileTimes<true> all(p.bias, tile);
       for (int half = 0; half < 2 && p.bias.time != nullptr; ++half)
-        times[half] = all.fixed(tile.first + 64 * warpgroup + lane.row() + 8 * half);
+        times[half] = static_cast<uint32_t>(query_time(8 * half));
     }
+    BiasValues<Shape::kKeys / 2, Shape::kBiasAhead> values;
+    const auto read_bias = [&] {  // beside the products that give the scores
+      if constexpr (Shape::kRelative) {
+        shared.bias.ring.full[bias.stage].wait(bias.parity);
+        values.read(shared.bias.tiles[bias.stage], fixed_row, lane.column());
+      }
+    };
     const auto to_weights = [&](auto& scores, int n) {
       const int j0 = ranges.tile(n) * Shape::kKeys;
       if constexpr (Shape::kRelative) {
-        shared.bias.ring.full[bias.stage].wait(bias.parity);
-        add_relative_bias(scores, p.common.half_alpha, shared.bias.tiles[bias.stage], shared.bias.buckets,
-                          64 * warpgroup + lane.row(), lane.column(), times[0], times[1],
+        add_bias_by_parts(scores, p.common.half_alpha, values, shared.bias.tiles[bias.stage], shared.bias.buckets,
+                          fixed_row, lane.column(), times[0], times[1], query_time,
                           [&](int column) { return TileTimes<true>(p.bias, tile).streamed(j0 + column); });
         release(shared.bias.ring.empty[bias.stage]);
         bias.next();
@@ -246,6 +258,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         turns.wait();
         issue_product<true>(score_mma, q_tile(_, _, _, q.stage), k_tile(_, _, _, k.stage), scores);
         turns.pass();
+        read_bias();
         wait_for<0>(scores);
         release(shared.k_ring.empty[k.stage]);
         k.next();
@@ -261,6 +274,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         shared.v_ring.full[v.stage].wait(v.parity);
         issue_product<false>(out_mma, weights, v_tile(_, _, _, v.stage), out);
         turns.pass();
+        read_bias();
         wait_for<1>(scores);
         release(shared.k_ring.empty[k.stage]);
         k.next();

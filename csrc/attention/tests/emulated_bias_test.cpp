@@ -20,7 +20,7 @@ struct OneTile {
   TimeKind kind;
 
   struct Shared {
-    BiasTile<kFixed, kStreamed> tile;
+    BiasTile<kFixed, kStreamed, kStreamsKeys> tile;
     BucketTables buckets;
   };
 
@@ -36,8 +36,17 @@ struct OneTile {
     auto scores = cute::make_tensor<float>(cute::Layout<cute::Int<kStreamed / 2>>{});
     cute::clear(scores);
     const int row = record.first + lane.row();
-    add_relative_bias(scores, 1.f, shared.tile, shared.buckets, lane.row(), lane.column(), times.fixed(row),
-                      times.fixed(row + 8), [&](int column) { return times.streamed(first_streamed + column); });
+    const auto streamed = [&](int column) { return times.streamed(first_streamed + column); };
+    if constexpr (kStreamsKeys) {
+      BiasValues<kStreamed / 2, true> values;
+      values.read(shared.tile, lane.row(), lane.column());
+      add_bias_by_parts(scores, 1.f, values, shared.tile, shared.buckets, lane.row(), lane.column(),
+                        static_cast<uint32_t>(times.fixed(row)), static_cast<uint32_t>(times.fixed(row + 8)),
+                        [&](int down) { return times.fixed(row + down); }, streamed);
+    } else {
+      add_relative_bias(scores, 1.f, shared.tile, shared.buckets, lane.row(), lane.column(), times.fixed(row),
+                        times.fixed(row + 8), streamed);
+    }
     for (int e = 0; e < kStreamed / 2; ++e)
       h[(lane.row() + element_row(e)) * kStreamed + lane.column() + element_column(e)] = scores(e);
     kind = shared.tile.kind;

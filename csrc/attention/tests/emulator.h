@@ -274,6 +274,16 @@ inline uint32_t exchange(uint32_t word, int lanes) {
   return got;
 }
 
+template <class Word>
+Word largest_of_warp(Word value) {
+  auto& words = emulator::block().words[threadIdx.x / 32];
+  words[threadIdx.x % 32] = static_cast<uint32_t>(value);
+  sync_warp();
+  for (uint32_t word : words) value = std::max(value, static_cast<Word>(word));
+  sync_warp();
+  return value;
+}
+
 inline float from_lane(float value, int lane) {
   auto& words = emulator::block().words[threadIdx.x / 32];
   std::memcpy(&words[threadIdx.x % 32], &value, 4);
