@@ -221,7 +221,7 @@ def project(
     return y, Recomputed(y, lambda: apply_linear(linear, source.look())) if again_projected else None
 
 
-SMALL = 16_384
+SMALL = 32_768
 """Tokens below which "auto" takes plain torch, by default; see docs/performance.md."""
 
 
