@@ -8,12 +8,12 @@
 //
 // Hidden pairs get P = dS = 0, rows and columns beyond the sequence among them.
 //
-// With a relative bias three more warps of the loading thread's warpgroup work: one prepares the bias of each tile of
-// queries (bias.h), two sum the gradients of its tables (bias_gradient.h).
+// With a relative bias more warps work beside the loading thread: one prepares the bias of each tile of queries (bias.h),
+// up to four sum the gradients of its tables (bias_gradient.h).
 #pragma once
 
 #include "attention/barriers.h"
-#include "attention/bias_gradient.h"
+#include "attention/backward_bias.h"
 #include "attention/mma.h"
 
 namespace genrec::attention {
@@ -36,8 +36,6 @@ struct BackwardShape {
   static constexpr int kQueries = D <= 32 ? 128 : 64;
   static constexpr int kQueryStages = D == 256 && kGivesKeys ? 1 : 2;
   static constexpr int kScoreBuffers = !kGivesKeys ? 0 : D == 256 ? 1 : 2;
-  static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = kRelative ? 40 : 24, kConsumerRegisters = kRelative ? 232 : 240;
   // dQ of a tile of queries: 64 rows go to both warpgroups by halves of the columns, 128 by halves of the rows.
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? D / 2 : D;
@@ -59,14 +57,29 @@ struct BackwardShape {
 
   using Params = cute::conditional_t<kBias == Bias::kNone, BackwardParams, BiasedParams<BackwardParams, kBias>>;
   using BiasTile = genrec::attention::BiasTile<kKeys, kQueries>;
-  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kKeys, kQueries, 2>, NoBiasMemory>;
+  // Of prepared tiles. The warps that sum give them back late, so that two are few; at D = 256 there is no room for more.
+  static constexpr int kBiasStages = D == 256 ? 2 : 4;
+  using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kKeys, kQueries, kBiasStages>, NoBiasMemory>;
   // The tables' gradients come of dS in shared memory: of the pass that has it.
   static constexpr bool kSumsTables = kRelative && kGivesKeys;
-  static constexpr int kGradientWarps = !kSumsTables ? 0 : D == 256 ? 1 : 2;
-  static constexpr int kHistogramColumns = D == 256 ? 16 : 32;
+  static constexpr int kGradientWarps = !kSumsTables ? 0 : D >= 128 ? 2 : 4;
+  static constexpr bool kSplitTables = D == 256;
+  using Teams = GradientTeams<kGradientWarps, kSplitTables>;
   using Gradient = cute::conditional_t<
-      kSumsTables, GradientMemory<kSumsTables ? kGradientWarps : 1, kHistogramColumns, kSumsTables ? kScoreBuffers : 1>,
-      NoBiasMemory>;
+      kSumsTables, GradientMemory<larger(Teams::kCopies, 1), Teams::kBlocks, larger(kScoreBuffers, 1)>, NoBiasMemory>;
+
+  // Four warps that sum have a warpgroup of their own. Up to D = 64, where a step is short and the consumers need fewer
+  // registers; at D = 128 they have none to give: with 216 ptxas puts a wait behind every wgmma.
+  static constexpr bool kOwnWarpgroup = kGradientWarps == 4;
+  static constexpr int kThreads = 128 * (1 + kConsumers + kOwnWarpgroup);
+  static constexpr int kGradientRegisters = 56;
+  static constexpr int kProducerRegisters = kRelative ? 40 : 24;
+  static constexpr int kConsumerRegisters = !kRelative ? 240 : kOwnWarpgroup ? 208 : 232;
+  // Warps that prepare tiles, by turns.
+  static constexpr int kPreparers = !kRelative ? 0 : kOwnWarpgroup || !kSumsTables ? 2 : 1;
+  static_assert(1 + kPreparers + (kOwnWarpgroup ? 0 : kGradientWarps) <= 4, "more roles than warps");
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters + kOwnWarpgroup * kGradientRegisters <=
+                    65536 / kThreads / 8 * 8 * (kThreads / 128), "more registers than the launch claims");
 
   struct Work {
     TileRecord tile;
@@ -84,17 +97,11 @@ struct BackwardShape {
     Ring<2> work_ring;
     Work work[2];
     BiasMemory bias;
+    cute::conditional_t<kRelative, BiasStep[kBiasStages], NoBiasMemory> steps;
     Gradient gradient;
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
-
-// Whether warps sum the gradients of the tables.
-template <class Shape>
-__device__ inline bool sums_tables(const typename Shape::Params& p) {
-  if constexpr (Shape::kSumsTables) return p.bias.position_sums != nullptr || p.bias.time_sums != nullptr;
-  return false;
-}
 
 // Every unit comes off the counter; but sums of tables that repeat bit by bit need the same units in the same block, too:
 // each takes every gridDim-th.
@@ -171,33 +178,6 @@ __device__ inline void backward_produce(const typename Shape::Params& p, typenam
   }
 }
 
-// The warp that prepares the bias of query tiles.
-template <class Shape>
-__device__ inline void backward_prepare_bias(const typename Shape::Params& p, typename Shape::Shared& shared) {
-  if constexpr (Shape::kRelative) {
-    Place<2> work(0), place(1);
-    for (;; work.next()) {
-      shared.work_ring.full[work.stage].wait(work.parity);
-      const TileRecord tile = shared.work[work.stage].tile;
-      release(shared.work_ring.empty[work.stage]);
-      if (tile.sequence < 0) return;
-      const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-      const TileRanges ranges =
-          mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries);
-      BiasWriter<false, Shape::kKeys, Shape::kQueries> writer(p.bias, shared.bias.buckets, tile);
-      const int count = ranges.count();
-      CUTE_NO_UNROLL
-      for (int i = 0; i < count; ++i, place.next()) {
-        const int first_query = ranges.tile(i) * Shape::kQueries;
-        writer.fetch(first_query);
-        shared.bias.ring.empty[place.stage].wait(place.parity);
-        writer.put(shared.bias.tiles[place.stage], first_query);
-        release(shared.bias.ring.full[place.stage]);
-      }
-    }
-  }
-}
-
 // What the consumers know of their tile of keys.
 template <class Shape>
 struct KeyTile {
@@ -218,25 +198,21 @@ struct KeyTile {
     shift = t.keys - t.queries;
   }
 
+  __device__ int steps() const { return ranges.count(); }
+
   // Calls hide(e) for each of the thread's elements of query tile `m` that nobody may see.
   template <int kSize, class Hide>
   __device__ void apply(int m, int column, Hide hide) const {
     const int i0 = m * Shape::kQueries + shift;
     if (band.all_seen(i0, i0 + Shape::kQueries)) return;
     const int first = i0 + column;
-    const ColumnSight a = moved(low, first), b = moved(high, first);
-    CUTE_UNROLL
-    for (int e = 0; e < kSize; ++e) {
-      const ColumnSight& sight = element_row(e) ? b : a;
-      const int i = element_column(e);
-      const bool seen = Shape::kCausal ? (i >= sight.show0) & (i < sight.end) : sight.seen_by(i);
-      if (!seen) hide(e);
-    }
+    hide_unseen<Shape::kCausal, kSize>(moved(low, first), moved(high, first), hide);
   }
 
- private:
-  __device__ static ColumnSight moved(ColumnSight s, int by) {
-    return {s.hide0 - by, s.show0 - by, s.hide1 - by, s.show1 - by, s.end - by};
+  // How many key tiles add to query tile `m` before this one.
+  __device__ int rank(int m) const {
+    const int i0 = m * Shape::kQueries + shift;
+    return mask.key_tiles(i0, smaller(i0 + Shape::kQueries, tile.keys), Shape::kKeys).rank(tile.first / Shape::kKeys);
   }
 };
 
@@ -281,6 +257,7 @@ template <class Shape>
 struct BackwardConsumer {
   using Element = typename Shape::Element;
   using Shared = typename Shape::Shared;
+  using Keys = cute::conditional_t<Shape::kRelative, BiasedKeyTile<Shape>, KeyTile<Shape>>;
   static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
   static constexpr int kScores = kQueries / 2;  // elements of S^T that a thread holds
 
@@ -292,7 +269,7 @@ struct BackwardConsumer {
   Place<1> keys{0};
   Place<Shape::kQueryStages> q{0};
   int buffer = 0;
-  Place<2> bias{0};
+  Place<Shape::kBiasStages> bias{0};
   Place<Shape::kScoreBuffers == 1 ? 1 : 2> ds_place{1};  // of dS, where tables are summed
   int64_t times[2] = {0, 0};                             // of the thread's two keys
 
@@ -302,26 +279,34 @@ struct BackwardConsumer {
   __device__ void run() {
     for (;; work.next(), keys.next()) {
       shared.work_ring.full[work.stage].wait(work.parity);
-      const TileRecord tile = shared.work[work.stage].tile;
-      const int head = shared.work[work.stage].head;
-      release(shared.work_ring.empty[work.stage]);
-      if (tile.sequence < 0) return;
-      const KeyTile<Shape> key_tile(tile, p.common.rule, warpgroup, lane);
       if constexpr (Shape::kRelative) {
+        const TileRecord& tile = shared.work[work.stage].tile;
+        if (tile.sequence < 0) return;
         const TileTimes<false> all(p.bias, tile);
         for (int half = 0; half < 2 && p.bias.time != nullptr; ++half)
           times[half] = all.fixed(tile.first + 64 * warpgroup + lane.row() + 8 * half);
-      }
-      shared.k_ring.full[0].wait(keys.parity);
-      if constexpr (Shape::kGivesKeys) {
-        one_pass(key_tile, head);
+        go_over(Keys{tile, shared.steps, bias, p.common.rule, warpgroup, lane}, shared.work[work.stage].head);
+        release(shared.work_ring.empty[work.stage]);
       } else {
-        values_only(key_tile, head);
+        const TileRecord tile = shared.work[work.stage].tile;
+        const int head = shared.work[work.stage].head;
+        release(shared.work_ring.empty[work.stage]);
+        if (tile.sequence < 0) return;
+        go_over(Keys(tile, p.common.rule, warpgroup, lane), head);
       }
     }
   }
 
  protected:
+  __device__ void go_over(const Keys& key_tile, int head) {
+    shared.k_ring.full[0].wait(keys.parity);
+    if constexpr (Shape::kGivesKeys) {
+      one_pass(key_tile, head);
+    } else {
+      values_only(key_tile, head);
+    }
+  }
+
   static __device__ auto threads() { return cute::make_layout(cute::_2{}, cute::_128{}); }
 
   template <class Mma>
@@ -352,18 +337,32 @@ struct BackwardConsumer {
     store_rows<Element>(acc, factor, out, int64_t{tile.key_start} + first, head, 0, tile.keys - first);
   }
 
+  // The query tile of step i. With a relative bias what is known of a step comes with its bias.
+  __device__ int query_tile(const Keys& key_tile, int i) const {
+    if constexpr (Shape::kRelative) {
+      shared.bias.ring.full[bias.stage].wait(bias.parity);
+      return shared.steps[bias.stage].m;
+    } else {
+      return key_tile.ranges.tile(i);
+    }
+  }
+
+  __device__ void release_bias() {
+    if constexpr (Shape::kRelative) {
+      release(shared.bias.ring.empty[bias.stage]);
+      bias.next();
+    }
+  }
+
   // Scores of query tile m to h = (alpha score + bias) / 2.
   template <class Scores>
-  __device__ void add_bias(Scores& scores, const KeyTile<Shape>& key_tile, int m, int head) {
+  __device__ void add_bias(Scores& scores, const Keys& key_tile, int m, int head) {
     const TileRecord& tile = key_tile.tile;
     const int row = 64 * warpgroup + lane.row();
     if constexpr (Shape::kRelative) {
-      shared.bias.ring.full[bias.stage].wait(bias.parity);
       add_relative_bias(scores, p.common.half_alpha, shared.bias.tiles[bias.stage], shared.bias.buckets, row,
                         lane.column(), times[0], times[1],
                         [&](int column) { return TileTimes<false>(p.bias, tile).streamed(m * kQueries + column); });
-      release(shared.bias.ring.empty[bias.stage]);
-      bias.next();
     } else if constexpr (Shape::kBias == Bias::kDense) {
       add_dense_bias<false>(scores, p.common.half_alpha, p.bias, tile.sequence, head, m * kQueries + lane.column(),
                             tile.first + row, tile.queries, tile.keys);
@@ -380,7 +379,7 @@ struct BackwardConsumer {
   }
 
   // dV alone: as the forward pass, with keys in the place of queries.
-  __device__ void values_only(const KeyTile<Shape>& key_tile, int head) {
+  __device__ void values_only(const Keys& key_tile, int head) {
     using namespace cute;
     typename Shape::ScoreMma score_mma;
     typename Shape::OutMma out_mma;
@@ -393,12 +392,14 @@ struct BackwardConsumer {
     clear(dv);
     auto weights = make_operand<Element, kQueries>();
     const auto to_weights = [&](auto& scores, int i) {
-      add_bias(scores, key_tile, key_tile.ranges.tile(i), head);
+      const int m = query_tile(key_tile, i);
+      add_bias(scores, key_tile, m, head);
       CUTE_UNROLL
       for (int e = 0; e < kScores; ++e) scores(e) = silu_of(scores(e));
-      key_tile.template apply<kScores>(key_tile.ranges.tile(i), lane.column(), [&](int e) { scores(e) = 0.f; });
+      key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
+      release_bias();
     };
-    const int count = key_tile.ranges.count();
+    const int count = key_tile.steps();
     Place<Shape::kQueryStages> done = q;  // the tile whose dO is still needed
     CUTE_NO_UNROLL
     for (int i = 0; i < count; ++i) {
@@ -432,7 +433,7 @@ struct BackwardConsumer {
     store(dv, scale_of(key_tile.tile), p.dv, key_tile.tile, head);
   }
 
-  __device__ void one_pass(const KeyTile<Shape>& key_tile, int head) {
+  __device__ void one_pass(const Keys& key_tile, int head) {
     using namespace cute;
     typename Shape::ScoreMma score_mma;
     typename Shape::OutMma out_mma;
@@ -454,11 +455,12 @@ struct BackwardConsumer {
     Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
     clear(dk);
     clear(dv);
-    const int count = key_tile.ranges.count();
+    const int count = key_tile.steps();
     shared.v_ring.full[0].wait(keys.parity);
     CUTE_NO_UNROLL
     for (int i = 0; i < count; ++i, q.next()) {
-      const int m = key_tile.ranges.tile(i);
+      int m;
+      if constexpr (!Shape::kRelative) m = query_tile(key_tile, i);
       Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       shared.q_ring.full[q.stage].wait(q.parity);
@@ -466,6 +468,7 @@ struct BackwardConsumer {
       shared.d_out_ring.full[q.stage].wait(q.parity);
       issue_product<true>(score_mma, v_tile(_, _, _, 0), d_out_tile(_, _, _, q.stage), d_weights);
       wait_for<1>(scores);
+      if constexpr (Shape::kRelative) m = query_tile(key_tile, i);
       add_bias(scores, key_tile, m, head);
 
       auto weights = make_operand<Element, kQueries>();
@@ -478,6 +481,7 @@ struct BackwardConsumer {
           scores(e) = s.derivative;
         }
         key_tile.template apply<kScores>(m, lane.column(), [&](int e) { values(e) = scores(e) = 0.f; });
+        release_bias();
         convert<Element>(values, weights);
         issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
         wait_for<1>(d_weights);
@@ -487,6 +491,7 @@ struct BackwardConsumer {
           scores(e) = silu_and_derivative_of(scores(e)).derivative;
         }
         key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
+        release_bias();
         wait_for<0>(d_weights);
         release(shared.d_out_ring.empty[q.stage]);
       }
@@ -555,15 +560,14 @@ struct BackwardConsumer {
   }
 
   template <class Dq>
-  __device__ void gather(const Dq& dq, const KeyTile<Shape>& key_tile, int m, int head) const {
+  __device__ void gather(const Dq& dq, const Keys& key_tile, int m, int head) const {
     const TileRecord& tile = key_tile.tile;
     const int64_t padded = first_padded_tile(tile.query_start, tile.sequence, kQueries) + m;
     const int64_t place = (padded * p.common.heads + head) * 2 + warpgroup;
     int rank = 0;
     int* turn = nullptr;
     if (p.turns != nullptr) {
-      const int i0 = m * kQueries + key_tile.shift;
-      rank = key_tile.mask.key_tiles(i0, smaller(i0 + kQueries, tile.keys), kKeys).rank(tile.first / kKeys);
+      rank = key_tile.rank(m);
       turn = p.turns + place;
     }
     add_dq(dq, p.dq_sum + place * (kQueries * D / 2), turn, rank, warpgroup);
@@ -580,10 +584,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
     shared.v_ring.init(kArrivals);
     shared.q_ring.init(kArrivals);
     shared.d_out_ring.init(kArrivals);
-    const int summing = sums_tables<Shape>(p) ? Shape::kGradientWarps : 0;
-    shared.work_ring.init(kArrivals + Shape::kRelative + summing);
-    if constexpr (Shape::kRelative) shared.bias.ring.init(kArrivals + summing);
-    if constexpr (Shape::kSumsTables) shared.gradient.ds_ring.init(Shape::kGradientWarps, kArrivals);
+    shared.work_ring.init(kArrivals + Shape::kPreparers);
+    constexpr int kTeam = Shape::Teams::kTeam;
+    if constexpr (Shape::kRelative) shared.bias.ring.init(kArrivals + (sums_tables<Shape>(p) ? kTeam : 0));
+    if constexpr (Shape::kSumsTables) shared.gradient.ds_ring.init(kTeam, kArrivals);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
   }
@@ -593,11 +597,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) backward_produce<Shape>(p, shared);
-    if (Shape::kRelative && threadIdx.x / 32 == 1) backward_prepare_bias<Shape>(p, shared);
-    if constexpr (Shape::kSumsTables) {
-      const int warp = uniform(threadIdx.x / 32);
-      if (warp >= 2 && warp < 2 + Shape::kGradientWarps && sums_tables<Shape>(p))
-        BiasGradientWarp<Shape>(p, shared, warp - 2).run();
+    if constexpr (Shape::kRelative) {
+      const int warp = uniform(threadIdx.x / 32) - 1, summing = warp - Shape::kPreparers;
+      if (warp >= 0 && summing < 0) BiasPreparer<Shape>{p, shared}.run(warp);
+      if constexpr (Shape::kSumsTables && !Shape::kOwnWarpgroup) {
+        if (summing >= 0 && summing < Shape::kGradientWarps && sums_tables<Shape>(p))
+          BiasGradientWarp<Shape>(p, shared, summing).run();
+      }
+    }
+  } else if (Shape::kOwnWarpgroup && warpgroup > Shape::kConsumers) {
+    give_registers<Shape::kGradientRegisters>();
+    if constexpr (Shape::kOwnWarpgroup) {
+      if (sums_tables<Shape>(p)) BiasGradientWarp<Shape>(p, shared, uniform(threadIdx.x / 32) % 4).run();
     }
   } else {
     take_registers<Shape::kConsumerRegisters>();

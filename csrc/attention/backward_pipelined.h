@@ -94,10 +94,6 @@ __device__ inline void weigh_pairs(const Scores& scores, Weights& weights, Slope
   }
 }
 
-__device__ inline ColumnSight moved(const ColumnSight& s, int by) {
-  return {s.hide0 - by, s.show0 - by, s.hide1 - by, s.show1 - by, s.end - by};
-}
-
 // As above, for 64 of the tile's keys, of which `sights` says who sees them, and a query tile, of whose queries the
 // thread's first is `column`. `masked` was read before products were issued: beside those shared memory is slow.
 template <class Shape, class Scores, class Weights, class Slopes>

@@ -2,23 +2,44 @@
 //
 // The gradient dS of a tile's scores lies in shared memory, (queries, keys) in 16 bits, for dQ = dS K; these warps read it
 // there, 64 x 64 pairs at a time, and the consumers pay for no more than a barrier. Every sum has one owner: a lane its
-// column of the warp's histogram, a warp its copy of the tables in device memory. Nothing is added by atomics, the order
-// is fixed, and a last kernel adds the copies up.
+// column of the warp's histogram, a warp its copy of the tables in device memory. The order of additions is fixed, and a
+// last kernel adds the copies up.
 //
-// Position: lane l follows diagonals. In even key rows k it reads the word of queries 2 l + k and the next, around the
-// corner behind query 63, in odd rows that of 2 l + k - 1: the 32 lanes read one row of 128 bytes, and a word belongs to
-// the same two diagonals in every row, before the corner and behind it.
+// Position: bias_diagonals.h; what it gives is added to the warp's copy by reductions that nobody waits for, and nobody
+// else adds to that copy. Time: a lane reads the 8 queries of number lane % 8 in every fourth key row. Up to three edges
+// are compared with; where buckets are looked up, bias_histogram.h adds.
 #pragma once
 
 #include "attention/bias.h"
+#include "attention/bias_diagonals.h"
+#include "attention/bias_histogram.h"
 #include "attention/launch.h"
 
 namespace genrec::attention {
 
-template <int kWarps, int kColumns, int kBuffers>
+// A step of the backward kernel: a tile of keys and one of queries. Written by the warp that prepares its bias.
+struct BiasStep {
+  TileRecord tile;  // of keys
+  int unit;         // counts the tiles of keys; -1: there are no more steps
+  int m;            // number of the query tile
+  bool masked;      // whether some pairs are hidden
+};
+
+// How the warps share the work. Teams of up to two take turns by steps. Each warp of a team has 64 of the keys; or, where
+// there is room for one copy of their memory only, one has the position table and the other the time table.
+template <int kWarps, bool kSplitTables>
+struct GradientTeams {
+  static constexpr int kTeam = kWarps < 2 ? 1 : 2, kTeams = kWarps < 2 ? 1 : kWarps / kTeam;
+  static constexpr int kCopies = kSplitTables ? 1 : kWarps;
+  static constexpr int kBlocks = kSplitTables ? 2 : 1;  // of 64 keys for one warp, of the tile's 128
+};
+
+template <int kCopies, int kBlocks, int kBuffers>
 struct GradientMemory {
-  float histogram[kWarps][kMostBuckets][kColumns];
-  int reach[kWarps][64];  // of each key row: what `near` of a query is compared with
+  BucketSums buckets[kCopies];
+  float diagonals[kCopies][8][136];
+  int64_t times[kCopies][64 * kBlocks];  // of the warp's keys
+  int reach[kCopies][64];                // of each key row: what `near` of a query is compared with
   Ring<kBuffers> ds_ring;
 };
 
@@ -26,54 +47,68 @@ template <class Shape>
 struct BiasGradientWarp {
   using Element = typename Shape::Element;
   using Tile = typename Shape::BiasTile;
-  static constexpr int kWarps = Shape::kGradientWarps, kColumns = Shape::kHistogramColumns, kKeys = Shape::kKeys;
+  using Teams = typename Shape::Teams;
+  static constexpr int kKeys = Shape::kKeys;
+  static constexpr bool kSplit = Shape::kSplitTables;
+  static constexpr int kBlocks = Teams::kBlocks;
+  static_assert(64 * kBlocks * (kSplit ? 1 : Teams::kTeam) == kKeys, "keys that no warp has");
 
   const typename Shape::Params& p;
   typename Shape::Shared& shared;
-  const int warp, lane;
-  float (&histogram)[kMostBuckets][kColumns];
+  const int warp;
+  int lane;
+  const int copy;
+  BucketSums& buckets;
   int (&reach)[64];
+  int64_t (&times)[64 * kBlocks];
 
   __device__ BiasGradientWarp(const typename Shape::Params& params, typename Shape::Shared& memory, int number)
-      : p(params), shared(memory), warp(number), lane(threadIdx.x % 32),
-        histogram(memory.gradient.histogram[number]), reach(memory.gradient.reach[number]) {}
+      : p(params), shared(memory), warp(number), lane(threadIdx.x % 32), copy(kSplit ? 0 : number),
+        buckets(memory.gradient.buckets[copy]), reach(memory.gradient.reach[copy]),
+        times(memory.gradient.times[copy]) {}
 
   __device__ void run() {
-    for (int b = lane; b < kMostBuckets; b += 32)
-      for (int c = 0; c < kColumns; ++c) histogram[b][c] = 0.f;
-    sync_warp();
-    Place<2> work(0), place(0);
+    if (sums_time()) clear_buckets();
+    if (sums_position()) DiagonalSums<Element>(shared.gradient.diagonals[copy], lane).clear_margins();
+    Place<Shape::kBiasStages> place(0);
     Place<Shape::kScoreBuffers> ds(0);
-    for (;; work.next()) {
-      shared.work_ring.full[work.stage].wait(work.parity);
-      const TileRecord record = shared.work[work.stage].tile;
-      release(shared.work_ring.empty[work.stage]);
-      if (record.sequence < 0) break;
-      const SequenceMask<Shape::kCausal> mask(record.keys, record.contexts, record.targets, p.common.rule);
-      const TileRanges ranges =
-          mask.query_tiles(record.first, record.first + kKeys, Shape::kQueries, record.queries);
-      const float scale = p.common.scales ? p.common.scales[record.sequence] : p.common.scale;
-      const int count = ranges.count();
-      CUTE_NO_UNROLL
-      for (int i = 0; i < count; ++i, place.next(), ds.next()) {
-        shared.bias.ring.full[place.stage].wait(place.parity);
-        shared.gradient.ds_ring.full[ds.stage].wait(ds.parity);
-        const char* scores = reinterpret_cast<const char*>(shared.ds[ds.stage]);
-        CUTE_NO_UNROLL
-        for (int keys = 64 * warp; keys < kKeys; keys += 64 * kWarps) {
-          CUTE_NO_UNROLL
-          for (int queries = 0; queries < Shape::kQueries; queries += 64)
-            add_block(scores + queries / 64 * kKeys * 128 + keys * 128, shared.bias.tiles[place.stage], record, keys,
-                      ranges.tile(i) * Shape::kQueries, queries, scale);
-        }
-        release(shared.bias.ring.empty[place.stage]);
-        release(shared.gradient.ds_ring.empty[ds.stage]);
+    for (int t = 0; t < warp / Teams::kTeam; ++t) place.next(), ds.next();
+    int unit = -1;
+    for (;;) {
+      shared.bias.ring.full[place.stage].wait(place.parity);
+      const BiasStep& step = shared.steps[place.stage];
+      if (step.unit < 0) break;
+      if (step.unit != unit) {
+        unit = step.unit;
+        load_times(step.tile);
       }
+      shared.gradient.ds_ring.full[ds.stage].wait(ds.parity);
+      const char* scores = reinterpret_cast<const char*>(shared.ds[ds.stage]);
+      CUTE_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        CUTE_NO_UNROLL
+        for (int queries = 0; queries < Shape::kQueries; queries += 64) {
+          const int keys = first_key(b);
+          add_block(scores + queries / 64 * kKeys * 128 + keys * 128, shared.bias.tiles[place.stage], step,
+                    &times[64 * b], keys, queries);
+        }
+      }
+      release(shared.bias.ring.empty[place.stage]);
+      release(shared.gradient.ds_ring.empty[ds.stage]);
+      CUTE_UNROLL
+      for (int t = 0; t < Teams::kTeams; ++t) place.next(), ds.next();
     }
-    store_histogram();
+    if (sums_time()) store_buckets();
   }
 
  private:
+  // Constant but where warps split the tables.
+  __device__ bool sums_position() const { return !kSplit || warp == 0; }
+  __device__ bool sums_time() const { return (!kSplit || warp == 1) && p.bias.time_sums != nullptr; }
+
+  // Of the warp's block `b`, in the tile of keys.
+  __device__ int first_key(int b) const { return kSplit ? 64 * b : 64 * (b * Teams::kTeam + warp % Teams::kTeam); }
+
   struct Pair {
     float first, second;
   };
@@ -89,159 +124,219 @@ struct BiasGradientWarp {
     return unpack(*reinterpret_cast<const uint32_t*>(block + key * 128 + (query * 2 ^ key % 8 * 16)));
   }
 
-  // `block`: dS of 64 queries, from row `queries` of query tile row `tile_row` on, and 64 keys from row `keys` of the key
-  // tile on.
-  __device__ void add_block(const char* block, const Tile& tile, const TileRecord& record, int keys, int tile_row,
-                            int queries, float scale) {
-    float total;
-    if (p.bias.position_sums != nullptr) {
-      const int query = tile_row + queries + record.keys - record.queries;
-      total = add_diagonals(block, record.first + keys - query + p.bias.max_positions - 1, scale);
-    } else {
-      total = 0.f;
-#pragma unroll 8
-      for (int k = 0; k < 64; ++k) {
-        const Pair ds = read(block, k, 2 * lane);
-        total += ds.first + ds.second;
-      }
+  // The lane's 8 queries of its n-th key row.
+  __device__ int own_key(int n) const { return 4 * n + lane / 8; }
+  __device__ uint4 read_own(const char* block, int n) const {
+    return *reinterpret_cast<const uint4*>(block + own_key(n) * 128 + (lane % 8 * 16 ^ own_key(n) % 8 * 16));
+  }
+
+  __device__ void load_near(const Tile& tile, int queries, int (&near)[8]) const {
+    CUTE_UNROLL
+    for (int q = 0; q < 8; q += 2) {
+      const int2 two = *reinterpret_cast<const int2*>(tile.near + queries + lane % 8 * 8 + q);
+      near[q] = two.x, near[q + 1] = two.y;
     }
-    if (p.bias.time_sums == nullptr) return;
-    const TileTimes<false> times(p.bias, record);
+  }
+
+  __device__ void load_times(const TileRecord& tile) {
+    if (!sums_time()) return;
+    const TileTimes<false> all(p.bias, tile);
+    CUTE_UNROLL
+    for (int b = 0; b < kBlocks; ++b) {
+      const int key = tile.first + first_key(b) + lane;
+      const int64_t first = all.fixed(key), second = all.fixed(key + 32);
+      times[64 * b + lane] = first, times[64 * b + lane + 32] = second;  // read by the same lane
+    }
+  }
+
+  // `block`: dS of 64 queries, from `queries` of the step on, and 64 keys, whose times are `own`, from `keys` of the tile
+  // on.
+  __device__ void add_block(const char* block, const Tile& tile, const BiasStep& step, const int64_t* own,
+                            int keys, int queries) {
+    lane = settled(lane);  // what follows from it is dozens of registers: not kept from block to block
+    const float scale = p.common.scales ? p.common.scales[step.tile.sequence] : p.common.scale;
+    const int key = step.tile.first + keys, query = step.m * Shape::kQueries + queries;
+    float total = 0.f;  // the lane's share of the sum of all
+    if (sums_position()) total = add_diagonals(block, key - (query + step.tile.keys - step.tile.queries), scale);
+    if (!sums_time()) return;
+    lane = settled(lane);
     const TimeKind kind = tile.kind;
-    if (kind == TimeKind::kOne) {
-      add_to_histogram(tile.first, total * scale);
-    } else if (kind == TimeKind::kFew) {
-      write_reach(times, record.first + keys, tile.sign, tile.shift[0]);
-      if (tile.edges == 1) add_few<1>(block, tile, queries, total, scale);
-      if (tile.edges == 2) add_few<2>(block, tile, queries, total, scale);
-      if (tile.edges == 3) add_few<3>(block, tile, queries, total, scale);
+    if (kind == TimeKind::kOne || kind == TimeKind::kFew) {
+      if (kSplit) total = DiagonalSums<Element>(shared.gradient.diagonals[copy], lane).add_all(block);
+      if (kind == TimeKind::kFew) write_reach(own, tile.sign, tile.shift[0]);
+      const int edges = kind == TimeKind::kOne ? 0 : tile.edges;
+      if (edges == 0) add_few<0>(block, tile, queries, total, scale);
+      if (edges == 1) add_few<1>(block, tile, queries, total, scale);
+      if (edges == 2) add_few<2>(block, tile, queries, total, scale);
+      if (edges == 3) add_few<3>(block, tile, queries, total, scale);
     } else {
-      if (kind == TimeKind::kNear) write_reach(times, record.first + keys, 1, tile.base);
-      const int2 near = *reinterpret_cast<const int2*>(tile.near + queries + 2 * lane);
-      const int row = tile_row + queries + 2 * lane;
-#pragma unroll 2
-      for (int k = 0; k < 64; ++k) {
-        const Pair ds = read(block, k, 2 * lane);
-        int first, second;
+      const float largest = largest_of(block);
+      if (!(largest - largest == 0.f)) {
+        add_slowly(block, step.tile, key, query, scale);
+      } else if (largest > 0.f) {  // or all of it is hidden
+        const BucketCounter counter(buckets, lane, largest);
         if (kind == TimeKind::kNear) {
-          first = near_bucket_of(shared.bias.buckets, reach[k] - near.x);
-          second = near_bucket_of(shared.bias.buckets, reach[k] - near.y);
+          write_reach(own, 1, tile.base);
+          add_near(block, tile, queries, counter);
         } else {
-          const int64_t key = times.fixed(record.first + keys + k);
-          first = bucket_of(shared.bias.buckets, distance_of(key, times.streamed(row)));
-          second = bucket_of(shared.bias.buckets, distance_of(key, times.streamed(row + 1)));
+          add_wide(block, step.tile, key, query, counter);
         }
-        add_to_histogram(first, ds.first * scale, second, ds.second * scale);
+        counter.flush(scale);
       }
     }
-    sync_warp();
+    sync_warp();  // `reach` is written next
   }
 
-  // Adds the sums along the diagonals key - query to this warp's copy of the position table, in which `entry` is that of
-  // the block's first pair. Returns the lane's share of the sum of all.
-  __device__ float add_diagonals(const char* block, int entry, float scale) {
-    float* sums = p.bias.position_sums + (int64_t{blockIdx.x} * kWarps + warp) * (2 * p.bias.max_positions - 1);
-    const int last = 2 * p.bias.max_positions - 2;
-    // Query - key: 2 lane, 2 lane + 1, and 64 less. Those outside of the table have no pair in the sequence.
-    const int places[4] = {entry - 2 * lane, entry - 2 * lane - 1, entry - 2 * lane + 64, entry - 2 * lane + 63};
-    const bool exist[4] = {inside(places[0], last), inside(places[1], last), lane > 0 && inside(places[2], last),
-                           inside(places[3], last)};
-    float values[4];
+  // Adds the sums along the diagonals to this warp's copy of the position table; `apart`: key - query of the block's first
+  // pair. Returns the lane's share of the sum of all.
+  __device__ float add_diagonals(const char* block, int apart, float scale) const {
+    const DiagonalSums<Element> diagonals(shared.gradient.diagonals[copy], lane);
+    float sums[4];
+    diagonals.add_up(block, sums);
+    const float total = sums[0] + sums[1] + sums[2] + sums[3];
+    if (any_lane(!(total - total == 0.f))) diagonals.add_up_slowly(block, sums);
+    if (p.bias.position_sums == nullptr) return total;
+    const int entries = 2 * p.bias.max_positions - 1, first = apart + p.bias.max_positions - 64 + lane;
+    float* table = p.bias.position_sums + (int64_t{blockIdx.x} * Teams::kCopies + copy) * entries;
     CUTE_UNROLL
-    for (int n = 0; n < 4; ++n) values[n] = exist[n] ? sums[places[n]] : 0.f;
-    // Even and odd key rows, before and behind the corner. Words of odd rows lie one diagonal lower.
-    Pair even[2] = {{0.f, 0.f}, {0.f, 0.f}}, odd[2] = {{0.f, 0.f}, {0.f, 0.f}};
-#pragma unroll 4
-    for (int k = 0; k < 64; k += 2) {
-      const int query = 2 * lane + k & 63;
-      const bool direct = 2 * lane + k < 64;
-      const Pair a = read(block, k, query), b = read(block, k + 1, query);
-      if (direct) {
-        even[0].first += a.first, even[0].second += a.second, odd[0].first += b.first, odd[0].second += b.second;
-      } else {
-        even[1].first += a.first, even[1].second += a.second, odd[1].first += b.first, odd[1].second += b.second;
-      }
+    for (int n = 0; n < 4; ++n) {  // those outside of the table have no pair in the sequence
+      const int place = first + 32 * n;
+      if (place >= 0 && place < entries) add_to_global(table + place, scale * sums[n]);
     }
-    // The next lane's lower diagonal of odd rows is this one's upper of even rows; the last lane's is the first's.
-    const int next = (lane + 1) % 32;
-    const float direct = from_lane(odd[0].first, next), behind = from_lane(odd[1].first, next);
-    values[0] += scale * (even[0].first + odd[0].second);
-    values[1] += scale * (even[0].second + (lane < 31 ? direct : 0.f));
-    values[2] += scale * (even[1].first + odd[1].second);
-    values[3] += scale * (even[1].second + (lane < 31 ? behind : direct));
-    CUTE_UNROLL
-    for (int n = 0; n < 4; ++n)
-      if (exist[n]) sums[places[n]] = values[n];
-    sync_warp();  // other lanes read these entries next
-    return even[0].first + even[0].second + even[1].first + even[1].second + odd[0].first + odd[0].second +
-           odd[1].first + odd[1].second;
+    return total;
   }
 
-  __device__ static bool inside(int place, int last) { return place >= 0 && place <= last; }
-
-  // reach = sign * time - base, of 64 key rows from `key` on.
-  __device__ void write_reach(const TileTimes<false>& times, int key, int sign, int64_t base) {
+  // reach = sign * time - base, of the block's 64 key rows.
+  __device__ void write_reach(const int64_t* own, int sign, int64_t base) {
     CUTE_UNROLL
-    for (int k = lane; k < 64; k += 32) reach[k] = static_cast<int>(sign * times.fixed(key + k) - base);
+    for (int k = lane; k < 64; k += 32) reach[k] = static_cast<int>(sign * own[k] - base);
     sync_warp();
   }
 
   // kEdges edges cut the tile: sums of what lies behind each.
   template <int kEdges>
   __device__ void add_few(const char* block, const Tile& tile, int queries, float total, float scale) {
-    const int2 near = *reinterpret_cast<const int2*>(tile.near + queries + 2 * lane);
-    int further[kEdges];
-    float behind[kEdges + 1];
+    int near[8], further[kEdges + 1];
+    float behind[kEdges + 1][2];
+    if (kEdges > 0) load_near(tile, queries, near);
     CUTE_UNROLL
-    for (int e = 0; e < kEdges; ++e) further[e] = static_cast<int>(tile.shift[e] - tile.shift[0]), behind[e] = 0.f;
-    behind[kEdges] = 0.f;
-#pragma unroll 8
+    for (int e = 0; e <= kEdges; ++e) behind[e][0] = behind[e][1] = 0.f;
+    CUTE_UNROLL
+    for (int e = 0; e < kEdges; ++e) further[e] = static_cast<int>(tile.shift[e] - tile.shift[0]);
+#pragma unroll 2
+    for (int n = 0; n < (kEdges > 0 ? 16 : 0); ++n) {
+      const uint4 words = read_own(block, n);
+      const int most = reach[own_key(n)];
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+      CUTE_UNROLL
+      for (int q = 0; q < 8; q += 2) {
+        const Pair ds = unpack(pairs[q / 2]);
+        CUTE_UNROLL
+        for (int e = 0; e < kEdges; ++e) {
+          if (near[q] <= most - further[e]) behind[e][0] += ds.first;
+          if (near[q + 1] <= most - further[e]) behind[e][1] += ds.second;
+        }
+      }
+    }
+    // Shares of the buckets' sums, then the sums.
+    float values[kEdges + 1] = {total};
+    CUTE_UNROLL
+    for (int e = 0; e < kEdges; ++e) {
+      const float one = behind[e][0] + behind[e][1];
+      values[e] -= one, values[e + 1] = one;
+    }
+    CUTE_UNROLL
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      CUTE_UNROLL
+      for (int e = 0; e <= kEdges; ++e) values[e] += float_of(exchange(float_bits(values[e]), lanes));
+    }
+    if (lane > 0) return;
+    float* sums = &buckets.sums[tile.first];
+    float old[kEdges + 1];
+    CUTE_UNROLL
+    for (int e = 0; e <= kEdges; ++e) old[e] = sums[e];
+    CUTE_UNROLL
+    for (int e = 0; e <= kEdges; ++e) sums[e] = old[e] + values[e] * scale;
+  }
+
+  // The largest size in a block.
+  __device__ float largest_of(const char* block) const {
+    uint32_t largest = 0;  // two at a time: without signs, larger numbers have larger words
+#pragma unroll 4
+    for (int n = 0; n < 16; ++n) {
+      const uint4 words = read_own(block, n);
+      const uint32_t first = larger_halves(words.x & 0x7fff7fff, words.y & 0x7fff7fff);
+      largest = larger_halves(largest, larger_halves(first, larger_halves(words.z & 0x7fff7fff, words.w & 0x7fff7fff)));
+    }
+    CUTE_UNROLL
+    for (int lanes = 16; lanes > 0; lanes /= 2) largest = larger_halves(largest, exchange(largest, lanes));
+    const Pair both = unpack(largest);
+    return largest >> 16 > (largest & 0xffff) ? both.second : both.first;
+  }
+
+  __device__ void add_near(const char* block, const Tile& tile, int queries, const BucketCounter& counter) const {
+    int near[8];
+    load_near(tile, queries, near);
+    CUTE_NO_UNROLL
+    for (int n = 0; n < 16; ++n) {
+      const uint4 words = read_own(block, n);
+      if (!any_lane((words.x | words.y | words.z | words.w) != 0)) continue;  // hidden
+      const int from = reach[own_key(n)];
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+      int bucket[8];
+      CUTE_UNROLL
+      for (int q = 0; q < 8; ++q) bucket[q] = near_bucket_of(shared.bias.buckets, from - near[q]);
+      CUTE_UNROLL
+      for (int q = 0; q < 8; q += 2) {
+        const Pair ds = unpack(pairs[q / 2]);
+        counter.add(bucket[q], ds.first);
+        counter.add(bucket[q + 1], ds.second);
+      }
+    }
+  }
+
+  __device__ void add_wide(const char* block, const TileRecord& tile, int key, int query,
+                           const BucketCounter& counter) const {
+    each_pair(block, tile, key, query, [&](int bucket, float value) { counter.add(bucket, value); });
+  }
+
+  // For what isn't finite: the lanes in turn.
+  __device__ void add_slowly(const char* block, const TileRecord& tile, int key, int query, float scale) const {
+    each_pair(block, tile, key, query, [&](int bucket, float value) {
+      CUTE_NO_UNROLL
+      for (int turn = 0; turn < 32; ++turn) {
+        if (lane == turn) buckets.sums[bucket] += value * scale;
+        sync_warp();
+      }
+    });
+  }
+
+  // Calls use(bucket, value) for two queries of each key row.
+  template <class Use>
+  __device__ void each_pair(const char* block, const TileRecord& tile, int key, int query, Use use) const {
+    const TileTimes<false> all(p.bias, tile);
+    const int64_t first = all.streamed(query + 2 * lane), second = all.streamed(query + 2 * lane + 1);
+    CUTE_NO_UNROLL
     for (int k = 0; k < 64; ++k) {
       const Pair ds = read(block, k, 2 * lane);
-      CUTE_UNROLL
-      for (int e = 0; e < kEdges; ++e) {
-        const int most = reach[k] - further[e];
-        if (near.x <= most) behind[e] += ds.first;
-        if (near.y <= most) behind[e] += ds.second;
-      }
-    }
-    add_to_histogram(tile.first, (total - behind[0]) * scale);
-    CUTE_UNROLL
-    for (int e = 0; e < kEdges; ++e) add_to_histogram(tile.first + 1 + e, (behind[e] - behind[e + 1]) * scale);
-  }
-
-  // Lanes that share a column take turns.
-  __device__ void add_to_histogram(int bucket, float value) {
-    CUTE_UNROLL
-    for (int turn = 0; turn < 32 / kColumns; ++turn) {
-      if (lane / kColumns == turn) histogram[bucket][lane % kColumns] += value;
-      if (kColumns < 32) sync_warp();
+      const int64_t time = all.fixed(key + k);
+      use(bucket_of(shared.bias.buckets, distance_of(time, first)), ds.first);
+      use(bucket_of(shared.bias.buckets, distance_of(time, second)), ds.second);
     }
   }
 
-  __device__ void add_to_histogram(int first, float a, int second, float b) {
-    const bool same = first == second;
-    CUTE_UNROLL
-    for (int turn = 0; turn < 32 / kColumns; ++turn) {
-      if (lane / kColumns == turn) {
-        float *to = &histogram[first][lane % kColumns], *other = &histogram[second][lane % kColumns];
-        const float old = *to, old_other = *other;  // both on their way before either is written
-        *to = old + (same ? a + b : a);
-        if (!same) *other = old_other + b;
-      }
-      if (kColumns < 32) sync_warp();
+  __device__ void clear_buckets() {
+    for (int b = lane; b < kMostBuckets; b += 32) {
+      for (int c = 0; c < BucketSums::kColumns; ++c) buckets.counts[b][c] = 0;
+      buckets.sums[b] = 0.f;
     }
-  }
-
-  __device__ void store_histogram() const {
-    if (p.bias.time_sums == nullptr) return;
     sync_warp();
-    float* sums = p.bias.time_sums + (int64_t{blockIdx.x} * kWarps + warp) * p.bias.buckets;
-    for (int b = lane; b < smaller(p.bias.buckets, kMostBuckets); b += 32) {
-      float sum = 0.f;
-      for (int c = 0; c < kColumns; ++c) sum += histogram[b][c];
-      sums[b] = sum;
-    }
+  }
+
+  __device__ void store_buckets() const {
+    sync_warp();
+    float* sums = p.bias.time_sums + (int64_t{blockIdx.x} * Teams::kCopies + copy) * p.bias.buckets;
+    for (int b = lane; b < smaller(p.bias.buckets, kMostBuckets); b += 32) sums[b] = buckets.sums[b];
   }
 };
 

@@ -9,9 +9,11 @@
 #else
 
 #include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm80.hpp>
 #include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/bfloat16.h>
 
 #define GENREC_SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
 
@@ -61,6 +63,12 @@ __device__ inline int largest_of_warp(int value) { return __reduce_max_sync(0xff
 __device__ inline uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 __device__ inline float from_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+__device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// The larger of the upper and of the lower halves.
+__device__ inline uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+
 // The bits of an integer's value in fp32, digits beyond cut off.
 __device__ inline uint32_t float_bits_below(uint32_t value) { return __float_as_uint(__uint2float_rz(value)); }
 __device__ inline uint32_t float_bits_below(uint64_t value) { return __float_as_uint(__ull2float_rz(value)); }
@@ -93,6 +101,32 @@ __device__ inline void store_matrices(char* address, uint32_t a, uint32_t b, uin
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+
+// The same way back, transposed: word j holds rows 2 (l % 4) and the next of column l / 4 of matrix j.
+__device__ inline void load_matrices_transposed(const char* address, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(cute::cast_smem_ptr_to_uint(address))
+               : "memory");
+}
+
+// A warp's c += a b with a of 16 x 16, b of 16 x 8. Lane l holds, two neighbours to a word: of a the columns 2 (l % 4) and
+// the next in rows l / 4 (a0) and l / 4 + 8 (a1), eight columns on likewise (a2, a3); of b the rows 2 (l % 4) and the next
+// (b0) and eight rows on (b1) in column l / 4; of c the columns 2 (l % 4) and the next in rows l / 4 and l / 4 + 8.
+template <class Element>
+__device__ inline void add_product(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                   uint32_t b1) {
+  using Mma = cute::conditional_t<cute::is_same_v<Element, cutlass::bfloat16_t>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                  cute::SM80_16x8x16_F32F16F16F32_TN>;
+  Mma::fma(c[0], c[1], c[2], c[3], a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]);
+}
+
+__device__ inline void add_to_shared(int* where, int value) {
+  asm volatile("red.relaxed.cta.shared::cta.add.s32 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(where)), "r"(value)
+               : "memory");
+}
+
+__device__ inline bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 // Adds to where[kOffset] and the next three; the offset costs no arithmetic.
 template <int kOffset>

@@ -63,7 +63,7 @@ BackwardInstance biased_backward_instance(const char* dtype) {
   static_assert(First::kKeys == Second::kKeys && First::kQueries == Second::kQueries, "passes differ in their tiles");
   BackwardInstance one{};
   one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = kBias;
-  one.blocks = {First::kQueries, First::kKeys, kTwice ? 2 : 1, First::kGradientWarps};
+  one.blocks = {First::kQueries, First::kKeys, kTwice ? 2 : 1, First::kSumsTables ? First::Teams::kCopies : 0};
   one.launch = [](const BackwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
     return pass == 0 ? launch_backward<First>(params, bias, blocks, stream)
                      : launch_backward<Second>(params, bias, blocks, stream);

@@ -3,6 +3,9 @@
 // one pair would drown in a norm.
 #include <map>
 
+#include <cute/atom/copy_traits_sm75.hpp>
+#include <cute/atom/mma_traits_sm80.hpp>
+
 #include "attention/tests/problem.h"
 
 using namespace genrec::attention;
@@ -127,6 +130,95 @@ bool check_all_tiles() {
   return good && kinds.size() == 4;
 }
 
+// The emulated warp-wide instructions against CuTe's layouts of the GPU's.
+bool check_warp_instructions() {
+  using Mma = cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+  using Load = cute::Copy_Traits<cute::SM75_U16x8_LDSM_T>;
+  std::vector<Element> a(16 * 16), b(8 * 16), rows(32 * 8);  // column by column, as Mma counts
+  std::vector<float> wanted(16 * 8);
+  for (auto* matrix : {&a, &b, &rows})
+    for (Element& x : *matrix) x = Element(float(int(emulator::random_numbers() % 17) - 8));
+  for (int e = 0; e < 16 * 8; ++e)
+    for (int k = 0; k < 16; ++k) wanted[e] += float(a[e % 16 + 16 * k]) * float(b[e / 16 + 8 * k]);
+  int bad = 0;
+  const auto one_lane = [&] {
+    const int lane = threadIdx.x;
+    const auto pack = [&](const std::vector<Element>& from, auto layout, int word) {
+      return from[layout(lane, 2 * word)].storage | uint32_t(from[layout(lane, 2 * word + 1)].storage) << 16;
+    };
+    float c[4] = {0, 0, 0, 0};
+    typename Mma::ALayout left;
+    typename Mma::BLayout right;
+    add_product<Element>(c, pack(a, left, 0), pack(a, left, 1), pack(a, left, 2), pack(a, left, 3), pack(b, right, 0),
+                         pack(b, right, 1));
+    for (int e = 0; e < 4; ++e) bad += c[e] != wanted[typename Mma::CLayout{}(lane, e)];
+    uint32_t words[4];
+    load_matrices_transposed(reinterpret_cast<const char*>(&rows[lane * 8]), words);
+    for (int e = 0; e < 8; ++e) {
+      const int bit = typename Load::DstLayout{}(lane, 16 * e);
+      bad += Element::bitcast(uint16_t(words[e / 2] >> e % 2 * 16)) != rows[bit / 16];
+    }
+  };
+  const bool ran = emulator::launch(1, 32, 0, one_lane);
+  if (bad > 0) std::printf("warp instructions: %d elements differ\n", bad);
+  return ran && bad == 0;
+}
+
+// Sums of a block's diagonals, one by one and by products.
+bool check_diagonals() {
+  std::vector<Element> block(64 * 64);
+  double wanted[128] = {};
+  for (int k = 0; k < 64; ++k) {
+    for (int q = 0; q < 64; ++q) {
+      const Element x(std::normal_distribution<float>()(emulator::random_numbers));
+      std::memcpy(reinterpret_cast<char*>(block.data()) + score_offset<64>(q, k), &x, 2);
+      wanted[k - q + 63] += float(x);
+    }
+  }
+  double worst = 0;
+  DiagonalSums<Element>::Memory memory;
+  const bool ran = emulator::launch(1, 32, 0, [&] {
+    const DiagonalSums<Element> diagonals(memory, threadIdx.x);
+    diagonals.clear_margins();
+    const char* at = reinterpret_cast<const char*>(block.data());
+    float sums[4], slow[4];
+    for (int again = 0; again < 2; ++again) diagonals.add_up(at, sums);
+    diagonals.add_up_slowly(at, slow);
+    for (int n = 0; n < 4; ++n) {
+      const double one = wanted[threadIdx.x + 32 * n];
+      worst = std::max({worst, std::abs(sums[n] - one), std::abs(slow[n] - one)});
+    }
+  });
+  if (!(worst < 1e-4)) std::printf("diagonals: off by %g\n", worst);
+  return ran && worst < 1e-4;
+}
+
+// A gradient that isn't a number reaches the diagonals of its own pairs and no others.
+bool check_not_finite() {
+  constexpr int kRow = 20, kRows = 150;
+  Problem problem({"not finite", {{kRows, kRows, 0, 0}}, {1, -1, 1}, 1, D, D, 1, false, {Bias::kRelative, true}});
+  problem.d_out.data[problem.d_out.at(kRow, 0)] = Element::bitcast(0x7fc0);
+  using Shape = BackwardShape<Element, D, false, D == 256 ? Part::kKeysAndQueries : Part::kAll, Bias::kRelative>;
+  const List keys(problem.batch(), ListKind::kKeys, Shape::kKeys);
+  Matrix dk(kRows, 1, D, true), dv(kRows, 1, D, true);
+  std::vector<float> sums(list_capacity(kRows, 1, Shape::kQueries) * Shape::kQueries * D);
+  BiasSums bias(problem.bias, Shape::Teams::kCopies);
+  const BackwardParams p{problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(), {}, keys.list(),
+                         dk.output(), dv.output(), sums.data(), nullptr};
+  bool good = pass<Shape>(problem, p, bias);
+  const int entries = int(problem.bias.position.size()), middle = problem.bias.max_positions - 1;
+  int lost = 0;
+  for (int e = 0; e < entries; ++e) {
+    float found = 0;
+    for (int copy = 0; copy < Shape::Teams::kCopies; ++copy) found += bias.position[copy * entries + e];
+    lost += std::isnan(found);
+    const bool own = e - middle >= -kRow;  // key - query of a pair of that row
+    if (!own && !(std::abs(found - problem.bias.d_position[e]) < 0.01 * std::sqrt(problem.bias.squares))) good = false;
+  }
+  std::printf("not finite: %d entries of the position table, %s\n", lost, good ? "its own" : "others too");
+  return good && lost >= kRow;
+}
+
 template <Bias kBias>
 bool check(const Case& c) {
   const Problem problem(c);
@@ -140,8 +232,9 @@ bool check(const Case& c) {
 int main() {
   const std::vector<Lengths> plain{{330, 330, 0, 0}, {3, 3, 0, 0}, {0, 0, 0, 0}, {70, 70, 0, 0}};
   const std::vector<Lengths> mixed{{150, 150, 3, 40}, {40, 200, 5, 9}, {0, 5, 0, 0}};
-  bool good = check_buckets();
+  bool good = check_buckets() && check_warp_instructions() && check_diagonals();
   if (D == 32) good = good && check_all_tiles();  // they don't depend on D
+  good &= check_not_finite();
   good &= check<Bias::kRelative>({"position and seconds", plain, {1, -1, 1}, 1, D, D, 2, false,
                                       {Bias::kRelative, true, 129, Clock::kSeconds}});
   good &= check<Bias::kRelative>({"ties, cached keys, contexts, targets", mixed, {2, -1, 1}, 2, D, D - 8, 2, true,

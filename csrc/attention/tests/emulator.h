@@ -52,7 +52,8 @@ struct Block {
   char* shared;
   Meeting all, named[16], warpgroup[4], warp[16];
   uint32_t words[16][32];         // of an exchange
-  char* addresses[16][32];        // of a matrix store
+  char* addresses[16][32];        // of a matrix store or load
+  uint32_t operands[16][32][6];   // of a warp's product
   std::vector<float> operand[4];  // of a warpgroup's product from registers
 };
 
@@ -294,6 +295,22 @@ inline float from_lane(float value, int lane) {
   return got;
 }
 
+inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t larger_halves(uint32_t a, uint32_t b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+
 template <class Unsigned>
 uint32_t float_bits_below(Unsigned value) {
   float nearest = static_cast<float>(value);
@@ -334,6 +351,51 @@ inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, ui
   const uint32_t words[4] = {a, b, c, d};
   for (int m = 0; m < 4; ++m) std::memcpy(addresses[8 * m + lane / 4] + lane % 4 * 4, &words[m], 4);
   sync_warp();
+}
+
+inline void load_matrices_transposed(const char* address, uint32_t (&words)[4]) {
+  auto& addresses = emulator::block().addresses[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  addresses[lane] = const_cast<char*>(address);
+  sync_warp();
+  for (int m = 0; m < 4; ++m) {
+    for (int row = 0; row < 2; ++row)
+      std::memcpy(reinterpret_cast<char*>(&words[m]) + 2 * row, addresses[8 * m + lane % 4 * 2 + row] + lane / 4 * 2, 2);
+  }
+  sync_warp();
+}
+
+// Whose lane holds which element: as the PTX manual has it (mma.m16n8k16).
+template <class Element>
+void add_product(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  auto& operands = emulator::block().operands[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  const uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
+  std::memcpy(operands[lane], own, sizeof(own));
+  sync_warp();
+  const auto half = [&](int of, int word, int which) {
+    return float(Element::bitcast(static_cast<uint16_t>(operands[of][word] >> 16 * which)));
+  };
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    for (int k = 0; k < 16; ++k) {
+      const float left = half(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2);
+      c[e] += left * half(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+    }
+  }
+  sync_warp();
+}
+
+inline void add_to_shared(int* where, int value) { *where += value; }
+
+inline bool any_lane(bool condition) {
+  auto& words = emulator::block().words[threadIdx.x / 32];
+  words[threadIdx.x % 32] = condition;
+  sync_warp();
+  bool any = false;
+  for (uint32_t word : words) any = any || word != 0;
+  sync_warp();
+  return any;
 }
 
 template <int kOffset>

@@ -328,7 +328,7 @@ bool backward(const Problem& problem) {
   const int64_t tiles = list_capacity(dq.rows, problem.c.sequences.size(), Shape::kQueries) * heads;
   std::vector<float> sums(tiles * Shape::kQueries * D);
   std::vector<int> turns(tiles * 2);
-  const int copies = problem.c.blocks * Shape::kGradientWarps;
+  const int copies = problem.c.blocks * Shape::Teams::kCopies;
   BiasSums bias(problem.bias, copies);
   BackwardParams p{problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(), {}, keys.list(),
                    dk.output(), dv.output(), sums.data(), problem.c.ordered ? turns.data() : nullptr};

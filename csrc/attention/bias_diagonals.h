@@ -1,0 +1,109 @@
+// Sums along the diagonals of a 64 x 64 block of dS in shared memory, by one warp and the tensor cores.
+//
+// The block is cut into pieces of 8 x 8. Pieces whose numbers differ by the same s (key piece - query piece) hold the same
+// diagonals in the same places: products with the identity add them up element by element, exactly but for the fp32 sums'
+// own rounding. The 8 pieces (i, (i + t) mod 8) are those of s = t and, around the corner, of s = t - 8: one accumulator
+// of 16 x 8 takes the former in its upper and the latter in its lower rows. Its row r belongs to key 8 s + r, so that
+// diagonal d gathers entry d - r of every row r, and rows are laid out side by side in shared memory for that.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "attention/device.h"
+
+namespace genrec::attention {
+
+template <class Element>
+struct DiagonalSums {
+  static constexpr int kMargin = 8;  // zeros before and behind each row's 120 entries
+  static constexpr int kStride = kMargin + 120 + kMargin;  // 8 banks from row to row
+  using Memory = float[8][kStride];
+
+  Memory& memory;
+  const int lane;
+  const uint32_t identity;  // this lane's two entries of an 8 x 8 identity, as a product's left operand
+
+  __device__ DiagonalSums(Memory& own, int lane_)
+      : memory(own), lane(lane_), identity(identity_entries(lane_)) {}
+
+  // Before the first block.
+  __device__ void clear_margins() const {
+    for (int x = lane; x < 16 * 8; x += 32) memory[x / 16][x % 16 < kMargin ? x % 16 : x % 16 + 120] = 0.f;
+    sync_warp();
+  }
+
+  // sums[n]: of the pairs with key - query = lane + 32 n - 63. `block`: 64 key rows of 64 queries (score_offset).
+  __device__ void add_up(const char* block, float (&sums)[4]) const {
+    const int piece = lane / 8, row = lane % 8;  // which this lane names to the load
+    const int column = (piece ^ row) * 16;
+    float* own = &memory[lane / 4][kMargin + 62 - lane % 4 * 2];
+    CUTE_UNROLL
+    for (int t = 0; t < 8; ++t) {
+      float pieces[4] = {0.f, 0.f, 0.f, 0.f};
+      CUTE_UNROLL
+      for (int i = 0; i < 8; i += 4) {
+        uint32_t words[4];
+        load_matrices_transposed(block + (piece + i + t & 7) * 1024 + row * 128 + (column ^ i * 16), words);
+        CUTE_UNROLL
+        for (int j = 0; j < 4; j += 2) {
+          const bool a = i + j + t < 8, b = i + j + 1 + t < 8;
+          add_product<Element>(pieces, a ? identity : 0, a ? 0 : identity, b ? identity : 0, b ? 0 : identity, words[j],
+                               words[j + 1]);
+        }
+      }
+      // Entries fall with the query.
+      *reinterpret_cast<float2*>(own + 8 * t) = make_float2(pieces[1], pieces[0]);
+      if (t > 0) *reinterpret_cast<float2*>(own + 8 * (t - 8)) = make_float2(pieces[3], pieces[2]);
+    }
+    sync_warp();
+    CUTE_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      sums[n] = 0.f;
+      CUTE_UNROLL
+      for (int r = 0; r < 8; ++r) sums[n] += memory[r][kMargin + lane + 32 * n - r];
+    }
+    sync_warp();  // the next block's sums go to the same place
+  }
+
+  // The lane's share of the sum of all of a block.
+  __device__ float add_all(const char* block) const {
+    const uint32_t one = Element(1.f).storage, ones = one << 16 | one;
+    const char* rows = block + lane * 128;
+    float sums[2][4] = {};
+    CUTE_UNROLL
+    for (int row = 0; row < 64; row += 32) {
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < 128; chunk += 16) {
+        uint32_t words[4];
+        load_matrices_transposed(rows + row * 128 + (chunk ^ lane % 8 * 16), words);
+        add_product<Element>(sums[0], ones, ones, ones, ones, words[0], words[1]);
+        add_product<Element>(sums[1], ones, ones, ones, ones, words[2], words[3]);
+      }
+    }
+    // All rows of the products are the same.
+    return lane < 4 ? sums[0][0] + sums[0][1] + sums[1][0] + sums[1][1] : 0.f;
+  }
+
+  // add_up, one by one: for blocks with numbers that aren't finite, which products would spread over their columns.
+  __device__ void add_up_slowly(const char* block, float (&sums)[4]) const {
+    CUTE_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      const int apart = lane + 32 * n - 63;
+      float sum = 0.f;
+      CUTE_NO_UNROLL
+      for (int k = apart > 0 ? apart : 0; k < 64 && k - apart < 64; ++k)
+        sum += static_cast<float>(*reinterpret_cast<const Element*>(block + k * 128 + ((k - apart) * 2 ^ k % 8 * 16)));
+      sums[n] = sum;
+    }
+  }
+
+ private:
+  // Row l / 4, columns 2 (l % 4) and the next; the lower column in the lower half.
+  __device__ static uint32_t identity_entries(int lane) {
+    const uint32_t one = Element(1.f).storage;
+    const int apart = lane / 4 - lane % 4 * 2;
+    return apart == 0 ? one : apart == 1 ? one << 16 : 0;
+  }
+};
+
+}  // namespace genrec::attention
