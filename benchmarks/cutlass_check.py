@@ -6,9 +6,9 @@ Loads libgenrec_attention.so (GENREC_LIBRARY_PATH, or --library), compares forwa
 on small jagged batches, without and with biases, in bf16 and some in fp16, then times full-length batches. With
 --beside, the backward pass of a second library (of the same interface) is timed too, by turns with the first's, and
 their gradients are compared. Works in a child process and watches it: a kernel that hangs costs its own stage and a
-restart, not the run. Errors are relative: |x - reference| / |reference|; those of a bias's tables are
-relative to the root of all the squares that a table sums: the terms' rounding counts, not how far they happen to cancel.
-`--only bias` runs what has a bias.
+restart, not the run. Errors are relative: |x - reference| / |reference|; those of a relative bias's tables are relative
+to the root of all the squares that a table sums: the terms' rounding counts, not how far they happen to cancel. `--only
+bias` runs what has a bias.
 """
 
 from __future__ import annotations
@@ -446,6 +446,12 @@ def clock_bias(name: str, dim: int, length: int) -> str:
         plain = (ahead, back) if bias is None else plain
         words.append(f"{label} forward {ahead:.3f} ms ({ahead / plain[0]:.2f}) backward {back:.3f} ms "
                      f"({back / plain[1]:.2f})")  # fmt: skip
+        if bias is not None:
+            for tensor in trained(bias).values():
+                tensor.requires_grad_(False)
+            out = forward()
+            back = median(lambda out=out: torch.autograd.grad(out, leaves, d_out, retain_graph=True))
+            words[-1] += f", its own gradients not wanted {back:.3f} ms ({back / plain[1]:.2f})"
     return f"    {name} B={batch}: " + ", ".join(words)
 
 

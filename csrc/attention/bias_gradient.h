@@ -1,9 +1,8 @@
 // Gradients of the relative bias's tables, summed beside the products by warps that have nothing else to do.
 //
 // The gradient dS of a tile's scores lies in shared memory, (queries, keys) in 16 bits, for dQ = dS K; these warps read it
-// there, 64 x 64 pairs at a time, and the consumers pay for no more than a barrier. Every sum has one owner: a lane its
-// column of the warp's histogram, a warp its copy of the tables in device memory. The order of additions is fixed, and a
-// last kernel adds the copies up.
+// there, 64 x 64 pairs at a time, and the consumers pay for no more than a barrier. A warp has its own copies of the tables.
+// Additions of floating-point numbers have a fixed order, and a last kernel adds the copies up.
 //
 // Position: bias_diagonals.h; what it gives is added to the warp's copy by reductions that nobody waits for, and nobody
 // else adds to that copy. Time: a lane reads the 8 queries of number lane % 8 in every fourth key row. Up to three edges
