@@ -1,7 +1,7 @@
 """The `cutlass` backend: CUTLASS kernels for Hopper (csrc/attention), fp16 and bf16, forward and backward.
 
 Not in this build: dropout, dense masks, dims that aren't multiples of 8; `supports` says so. "auto" takes the backend
-for what has been run on a GPU: bf16, dims above 32, no bias. The rest serves calls that name it.
+for bf16 without a bias. The rest serves calls that name it.
 """
 
 from __future__ import annotations
@@ -61,14 +61,13 @@ class CutlassBackend:
         return binding.why_not(problem, spec.needs_grad)
 
     def not_in_auto(self, spec: AttentionSpec) -> str | None:
-        """Kernels that no GPU has run yet."""
-        if spec.bias != "none":
-            reason = "compile and run in the host emulator, not yet run on a GPU; name it to use them"
-            return f"its kernels with a {spec.bias} bias {reason}"
+        """Kernels that changed after a GPU last ran them, or whose speed was not compared (docs/performance.md)."""
+        if spec.bias == "relative":
+            return "its kernels with a relative bias changed after a GPU last ran them; name it to use them"
+        if spec.bias == "dense":
+            return "the speed of its kernels with a dense bias has not been compared; name it to use them"
         if spec.dtype != torch.bfloat16:
-            return f"its kernels for {spec.dtype} have not been run on a GPU yet; name it to use them"
-        if max(spec.qk_dim, spec.v_dim) <= 32:
-            return "its kernels for dims up to 32 have not been run on a GPU yet; name it to use them"
+            return f"its kernels for {spec.dtype} changed after a GPU last ran them; name it to use them"
         return None
 
     def __call__(
