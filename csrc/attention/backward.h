@@ -1,4 +1,4 @@
-// The backward kernel: dK, dV and dQ in one pass over tiles of keys (two passes for D = 256, see Part).
+// The backward kernel with a bias: dK, dV and dQ in one pass over tiles of keys (two passes for D = 256, see Part).
 //
 // A persistent block holds a tile of keys, 64 rows for each of its two consumer warpgroups, and goes over the tiles of
 // queries that see it. Scores are computed again, transposed: S^T = K Q^T, so that P^T and dS^T, kept in registers, are
@@ -22,13 +22,14 @@ namespace genrec::attention {
 // is one product more than the five of a single pass, at wgmma shapes that shared memory can feed.
 enum class Part { kAll, kValues, kKeysAndQueries };
 
-template <class Element_, int D_, bool kCausal_, Part kPart_, Bias kBias_ = Bias::kNone>
+template <class Element_, int D_, bool kCausal_, Part kPart_, Bias kBias_>
 struct BackwardShape {
   using Element = Element_;
   static constexpr int D = D_;
   static constexpr bool kCausal = kCausal_;
   static constexpr Part kPart = kPart_;
   static constexpr Bias kBias = kBias_;
+  static_assert(kBias != Bias::kNone, "backward_plain.h has the kernels without a bias");
   static constexpr bool kRelative = kBias == Bias::kRelative;
   static constexpr bool kGivesValues = kPart != Part::kKeysAndQueries, kGivesKeys = kPart != Part::kValues;
   static constexpr int kConsumers = 2;
@@ -55,7 +56,7 @@ struct BackwardShape {
       cute::Layout<cute::conditional_t<kSplitColumns, cute::Shape<cute::_1, cute::_2, cute::_1>,
                                        cute::Shape<cute::_2, cute::_1, cute::_1>>>{}));
 
-  using Params = cute::conditional_t<kBias == Bias::kNone, BackwardParams, BiasedParams<BackwardParams, kBias>>;
+  using Params = BiasedParams<BackwardParams, kBias>;
   using BiasTile = genrec::attention::BiasTile<kKeys, kQueries>;
   // Of prepared tiles. The warps that sum give them back late, so that two are few; at D = 256 there is no room for more.
   static constexpr int kBiasStages = D == 256 ? 2 : 4;
@@ -363,19 +364,10 @@ struct BackwardConsumer {
       add_relative_bias(scores, p.common.half_alpha, shared.bias.tiles[bias.stage], shared.bias.buckets, row,
                         lane.column(), times[0], times[1],
                         [&](int column) { return TileTimes<false>(p.bias, tile).streamed(m * kQueries + column); });
-    } else if constexpr (Shape::kBias == Bias::kDense) {
+    } else {
       add_dense_bias<false>(scores, p.common.half_alpha, p.bias, tile.sequence, head, m * kQueries + lane.column(),
                             tile.first + row, tile.queries, tile.keys);
     }
-  }
-
-  __device__ float silu_of(float score) const {
-    return Shape::kBias == Bias::kNone ? silu(score, p.common.half_alpha) : silu_of_half(score);
-  }
-
-  __device__ SiluAndDerivative silu_and_derivative_of(float score) const {
-    return Shape::kBias == Bias::kNone ? silu_and_derivative(score, p.common.half_alpha)
-                                       : silu_and_derivative_of_half(score);
   }
 
   // dV alone: as the forward pass, with keys in the place of queries.
@@ -395,41 +387,55 @@ struct BackwardConsumer {
       const int m = query_tile(key_tile, i);
       add_bias(scores, key_tile, m, head);
       CUTE_UNROLL
-      for (int e = 0; e < kScores; ++e) scores(e) = silu_of(scores(e));
+      for (int e = 0; e < kScores; ++e) scores(e) = silu_of_half(scores(e));
       key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
       release_bias();
     };
-    const int count = key_tile.steps();
-    Place<Shape::kQueryStages> done = q;  // the tile whose dO is still needed
-    CUTE_NO_UNROLL
-    for (int i = 0; i < count; ++i) {
-      Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+    const auto start_scores = [&](auto& scores) {
       shared.q_ring.full[q.stage].wait(q.parity);
       issue_product<true>(score_mma, k_tile(_, _, _, 0), q_tile(_, _, _, q.stage), scores);
-      if (i > 0) {
-        shared.d_out_ring.full[done.stage].wait(done.parity);
-        issue_product<false>(out_mma, weights, d_out_tile(_, _, _, done.stage), dv);
-        wait_for<1>(scores);
-      } else {
-        wait_for<0>(scores);
-      }
+    };
+    const auto release_queries = [&] {
       release(shared.q_ring.empty[q.stage]);
       q.next();
-      to_weights(scores, i);
-      if (i > 0) {
-        wait_for<0>(dv);
-        release(shared.d_out_ring.empty[done.stage]);
-        done.next();
-      }
-      convert<Element>(scores, weights);
-    }
-    release(shared.k_ring.empty[0]);
-    if (count > 0) {
+    };
+    Place<Shape::kQueryStages> done = q;  // the tile whose dO is still needed
+    const auto add_values = [&] {
       shared.d_out_ring.full[done.stage].wait(done.parity);
       issue_product<false>(out_mma, weights, d_out_tile(_, _, _, done.stage), dv);
+    };
+    const auto finish_values = [&] {
       wait_for<0>(dv);
       release(shared.d_out_ring.empty[done.stage]);
+      done.next();
+    };
+    // The first step stands apart: behind a condition in the loop ptxas could not see that weights are never written
+    // while dV reads them, and would put a wait behind every wgmma.
+    const int count = key_tile.steps();
+    if (count > 0) {
+      {
+        Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+        start_scores(scores);
+        wait_for<0>(scores);
+        release_queries();
+        to_weights(scores, 0);
+        convert<Element>(scores, weights);
+      }
+      CUTE_NO_UNROLL
+      for (int i = 1; i < count; ++i) {
+        Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+        start_scores(scores);
+        add_values();
+        wait_for<1>(scores);
+        release_queries();
+        to_weights(scores, i);
+        finish_values();
+        convert<Element>(scores, weights);
+      }
+      add_values();
+      finish_values();
     }
+    release(shared.k_ring.empty[0]);
     store(dv, scale_of(key_tile.tile), p.dv, key_tile.tile, head);
   }
 
@@ -476,7 +482,7 @@ struct BackwardConsumer {
         Tensor values = make_fragment_like(scores);
         CUTE_UNROLL
         for (int e = 0; e < kScores; ++e) {
-          const SiluAndDerivative s = silu_and_derivative_of(scores(e));
+          const SiluAndDerivative s = silu_and_derivative_of_half(scores(e));
           values(e) = s.value;
           scores(e) = s.derivative;
         }
@@ -488,7 +494,7 @@ struct BackwardConsumer {
       } else {
         CUTE_UNROLL
         for (int e = 0; e < kScores; ++e) {
-          scores(e) = silu_and_derivative_of(scores(e)).derivative;
+          scores(e) = silu_and_derivative_of_half(scores(e)).derivative;
         }
         key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
         release_bias();
@@ -499,7 +505,7 @@ struct BackwardConsumer {
       CUTE_UNROLL
       for (int e = 0; e < kScores; ++e) d_weights(e) *= scores(e);
       convert<Element>(d_weights, ds);
-      if constexpr (Shape::kBias == Bias::kDense) give_dense_gradient(d_weights, key_tile.tile, m, head);
+      if constexpr (!Shape::kRelative) give_dense_gradient(d_weights, key_tile.tile, m, head);
       // One buffer: the other warpgroup's dQ of the tile before must have read it. Two buffers: its dQ of two tiles
       // ago was complete before it came to the barrier of the last tile, which this one has passed too.
       if (Shape::kScoreBuffers == 1 && buffer > 0) sync_threads(kDsRead, 256);
@@ -574,7 +580,7 @@ struct BackwardConsumer {
   }
 };
 
-template <class Shape, class Consumer = BackwardConsumer<Shape>>
+template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ typename Shape::Params p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
@@ -612,7 +618,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
     }
   } else {
     take_registers<Shape::kConsumerRegisters>();
-    Consumer(p, shared, warpgroup - 1).run();
+    BackwardConsumer<Shape>(p, shared, warpgroup - 1).run();
   }
 }
 

@@ -90,7 +90,7 @@ void check_shapes() {
   check_accumulators<typename F::ScoreMma, F::kQueries, F::kKeys>(0);
   check_accumulators<typename F::OutMma, F::kQueries, D>(0);
   check_operand<typename F::OutMma, F::kQueries, F::kKeys>();
-  using B = BackwardShape<bf16, D, false, D == 256 ? Part::kKeysAndQueries : Part::kAll>;
+  using B = BackwardShape<bf16, D, false, D == 256 ? Part::kKeysAndQueries : Part::kAll, Bias::kDense>;
   check_tile<B::kQueries, D, B::kQueryStages>();
   check_scores<B::kQueries, B::kKeys>();
   check_accumulators<typename B::ScoreMma, B::kKeys, B::kQueries>(0);
