@@ -6,7 +6,7 @@
 // pair by pair as they are computed, not in a second sweep that holds all of them.
 #pragma once
 
-#include "attention/backward.h"
+#include "attention/backward_tiles.h"
 
 namespace genrec::attention {
 

@@ -1,7 +1,7 @@
 // dQ from the backward pass's fp32 sums: put in order, scaled, rounded.
 #pragma once
 
-#include "attention/backward.h"
+#include "attention/backward_tiles.h"
 
 namespace genrec::attention {
 

@@ -1,6 +1,7 @@
 // GENREC_BACKWARD(dtype, dim, mask, bias): the backward kernels of a shape and their entry in the table.
 #pragma once
 
+#include "attention/backward.h"
 #include "attention/backward_plain.h"
 #include "attention/instantiate.h"
 

@@ -5,6 +5,7 @@
 
 #include <cutlass/bfloat16.h>
 
+#include "attention/backward.h"
 #include "attention/backward_wide.h"
 #include "attention/forward.h"
 

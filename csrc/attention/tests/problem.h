@@ -7,6 +7,7 @@
 
 #include <cutlass/bfloat16.h>
 
+#include "attention/backward.h"
 #include "attention/dq.h"
 #include "attention/forward.h"
 
