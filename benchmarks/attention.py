@@ -23,7 +23,6 @@ kernels are compiled beforehand, in a process for each core.
 from __future__ import annotations
 
 import argparse
-import datetime
 import multiprocessing
 import os
 import statistics
@@ -39,6 +38,7 @@ import torch
 from torch import Tensor
 
 from genrec.attention import AttentionMask, RelativeBias, hstu_attention, registry
+from genrec.environment import headline
 
 TOKENS = 131_072
 SHAPES = [(4, 64), (4, 128), (4, 256), (8, 128)]
@@ -146,18 +146,14 @@ class Timing:
     most: float
 
 
-def timed(run: Callable[[], Any], seconds: float = 0.12, before: Callable[[], Any] | None = None) -> Timing:
-    """Runs for about so long on a warm GPU; `before` is not timed."""
+def timed(run: Callable[[], Any], seconds: float = 0.12) -> Timing:
+    """Runs for about so long on a warm GPU."""
     for _ in range(2):
-        if before:
-            before()
         run()
     torch.cuda.synchronize()
     times: list[float] = []
     end_at = time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < end_at and len(times) < 100):
-        if before:
-            before()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(HEAD_START)  # the kernels are queued when it ends: Python's time is not theirs
         begin.record()
@@ -323,15 +319,6 @@ def ceiling() -> str:
     return "bf16 matrix product 8192 x 8192 x 8192: {:.0f} TFLOP/s ({:.0f}-{:.0f})".format(*rates)
 
 
-def machine() -> str:
-    """Hardware, versions, date."""
-    import triton
-
-    p = torch.cuda.get_device_properties(0)
-    return (f"{p.name}, {p.multi_processor_count} SMs, torch {torch.__version__}, triton {triton.__version__}, "
-            f"CUDA {torch.version.cuda}, {datetime.date.today()}")  # fmt: skip
-
-
 def heat_map(rows: list[Row], contender: str, file: Path) -> None:
     """TFLOP/s of forward + backward by shape and length, a panel for each kind of batch and bias."""
     import matplotlib
@@ -368,7 +355,7 @@ def main() -> int:
     begin = time.perf_counter()
     absent = {name: registry.why_not(name) for name in OURS}
     contenders = [name for name in options.contenders if not absent.get(name)]
-    lines = [f"{machine()}; bf16, about {TOKENS} tokens", ceiling()]
+    lines = [f"{headline()}; bf16, about {TOKENS} tokens", ceiling()]
     lines += [f"Without {name}: {reason}" for name, reason in absent.items() if reason and name in options.contenders]
     lines += ["", HEADER]
     print("\n".join(lines), flush=True)

@@ -201,10 +201,10 @@ def serve() -> None:
     """Stages by name from stdin, until it ends."""
     import torch
 
-    from benchmarks.attention import machine
+    from genrec.environment import headline
 
     torch.cuda.init()
-    print("ROW " + json.dumps({"machine": machine()}), flush=True)
+    print("ROW " + json.dumps({"machine": headline()}), flush=True)
     for line in sys.stdin:
         name = line.strip()
         begin = time.perf_counter()

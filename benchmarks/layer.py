@@ -18,12 +18,12 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genrec.environment import headline
 from genrec.layers.config import HSTUConfig
 from genrec.layers.hstu import HSTULayer
 from genrec.layers.ops import get_layer_ops, layer_backends_used
@@ -260,9 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks/layer.py measures GPU kernels, and torch sees no CUDA device here: nothing was run.")
         return 2
-    import triton
-
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}")
+    print(headline())
     print(f"hidden {options.hidden}, {options.heads} heads, B = {options.batch}, S = {options.length}, bf16, "
           f"dropout {options.dropout}")  # fmt: skip
     fine = options.no_parity or all([parity(), parity_of_tokens()])

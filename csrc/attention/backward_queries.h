@@ -120,16 +120,7 @@ __device__ inline void to_derivatives(Scores& scores, float half_alpha, bool mas
                                       int column) {
   CUTE_UNROLL
   for (int e = 0; e < cute::size(scores); ++e) scores(e) = silu_and_derivative(scores(e), half_alpha).derivative;
-  if (!masked) return;
-  RowSight low = sights[lane.row()], high = sights[lane.row() + 8];
-  for (RowSight* sight : {&low, &high}) sight->head -= column, sight->begin -= column, sight->end -= column;
-  CUTE_UNROLL
-  for (int e = 0; e < cute::size(scores); ++e) {
-    const RowSight& sight = element_row(e) ? high : low;
-    const int j = element_column(e);
-    const bool seen = Shape::kCausal ? j < sight.head : sight.sees(j);
-    scores(e) = seen ? scores(e) : 0.f;
-  }
+  if (masked) hide_unseen_columns<Shape::kCausal>(scores, sights[lane.row()], sights[lane.row() + 8], column);
 }
 
 template <class Shape>

@@ -168,15 +168,7 @@ __device__ inline void weigh(Scores& scores, float half_alpha, bool masked, RowS
   for (int e = 0; e < cute::size(scores); ++e) {
     scores(e) = Shape::kBias == Bias::kNone ? silu(scores(e), half_alpha) : silu_of_half(scores(e));
   }
-  if (!masked) return;
-  for (RowSight* sight : {&low, &high}) sight->head -= column, sight->begin -= column, sight->end -= column;
-  CUTE_UNROLL
-  for (int e = 0; e < cute::size(scores); ++e) {
-    const RowSight& sight = element_row(e) ? high : low;
-    const int j = element_column(e);
-    const bool seen = Shape::kCausal ? j < sight.head : sight.sees(j);
-    scores(e) = seen ? scores(e) : 0.f;
-  }
+  if (masked) hide_unseen_columns<Shape::kCausal>(scores, low, high, column);
 }
 
 template <class Shape>

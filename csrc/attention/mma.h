@@ -110,4 +110,17 @@ __device__ inline void store_rows(C const& c, float factor, const Output& out, i
   }
 }
 
+// Zero where a thread's two rows don't see a column. `column`: the thread's first.
+template <bool kCausal, class Scores>
+__device__ inline void hide_unseen_columns(Scores& scores, RowSight low, RowSight high, int column) {
+  for (RowSight* sight : {&low, &high}) sight->head -= column, sight->begin -= column, sight->end -= column;
+  CUTE_UNROLL
+  for (int e = 0; e < cute::size(scores); ++e) {
+    const RowSight& sight = element_row(e) ? high : low;
+    const int j = element_column(e);
+    const bool seen = kCausal ? j < sight.head : sight.sees(j);
+    scores(e) = seen ? scores(e) : 0.f;
+  }
+}
+
 }  // namespace genrec::attention
