@@ -56,7 +56,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("optimizer", r"adam|multi_tensor|Optimizer\.|clip_grad"),
     ("tables", r"embedding|fbgemm|tbe|jagged|bucketize|linearize|cumsum|permute_|RadixSort|DeviceSegment"
                r"|CppNode<Split"),
-    ("attention", r"(forward|backward|backward_rows|extrema|plan|convert_dq)_kernel|hstu|aten::b(add)?b?mm|_Attention"),
+    ("attention", r"genrec::attention|\b(forward|backward|backward_rows|backward_tables|extrema|plan)_kernel|hstu"
+                  r"|aten::b(add)?b?mm|_Attention"),
     ("GEMM", r"gemm|nvjet|cublas|xmma|cutlass|matmul|splitk|aten::(add)?mm\b|aten::linear"),
     ("copies", r"memcpy|memset|aten::(copy_|_to_copy|pin_memory)"),
     ("elementwise", r"elementwise|vectorized|reduce|norm|GammaBeta|silu|sigmoid|dropout|cat|index|gather|scatter"
@@ -105,6 +106,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
     parser.add_argument("--profiled", type=int, default=3, help="steps after them that --profile looks at")
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
+    parser.add_argument("--kernels", type=int, default=3, help="longest kernels of each kind that --profile names")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of the GPU, for the MFU")
     parser.add_argument("--compare", action="store_true", help="a small model in fp32, one process beside the strategy")
     options = parser.parse_args(arguments)
@@ -249,7 +251,7 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def where(averages: Iterable[Any], steps: int, step_ms: float, cuda: bool) -> list[str]:
+def where(averages: Iterable[Any], steps: int, step_ms: float, cuda: bool, named: int = 3) -> list[str]:
     """A table of where a step's time goes, and the longest names of each kind."""
     kinds: dict[str, list[tuple[float, str]]] = {name: [] for name, _ in KINDS} | {"other": []}
     for event in averages:
@@ -262,7 +264,7 @@ def where(averages: Iterable[Any], steps: int, step_ms: float, cuda: bool) -> li
     busy = sum(spent for entries in kinds.values() for spent, _ in entries)
     for name, entries in sorted(kinds.items(), key=lambda item: -sum(spent for spent, _ in item[1])):
         spent = sum(spent for spent, _ in entries)
-        longest = "; ".join(f"{key[:60]} {ms:.2f}" for ms, key in sorted(entries, reverse=True)[:3])
+        longest = "; ".join(f"{key[:60]} {ms:.2f}" for ms, key in sorted(entries, reverse=True)[:named])
         lines.append(f"{name:<14}{spent:>10.2f}{spent / max(busy, step_ms):>8.1%}   {longest}")
     if cuda:
         idle = max(step_ms - busy, 0.0)
@@ -295,7 +297,8 @@ def measure(options: argparse.Namespace) -> None:
         print(
             f"\nOf {options.profiled} steps under the profiler (shares of a step's time, or of all kernels' if longer):"
         )
-        for line in where(own.profile.key_averages(), options.profiled, middle, options.device == "cuda"):
+        for line in where(own.profile.key_averages(), options.profiled, middle, options.device == "cuda",
+                          options.kernels):  # fmt: skip
             print(line)
 
 

@@ -56,7 +56,10 @@ class SequenceBatch(Pipelineable):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceBatch:
         """The batch on `device`."""
-        return self._map(lambda value: value.to(device=torch.device(device), non_blocking=non_blocking))
+        moved = self._map(lambda value: value.to(device=torch.device(device), non_blocking=non_blocking))
+        # TorchRec keeps the parts into which it once took the features (`to_dict`), and leaves those where they were.
+        moved.features._jt_dict = None
+        return moved
 
     def pin_memory(self) -> SequenceBatch:
         """The batch in page-locked host memory, for copies that overlap with compute."""

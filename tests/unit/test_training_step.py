@@ -68,6 +68,8 @@ def test_lengths_that_no_history_makes_are_refused(script, capsys):
     ("name", "kind"),
     [
         ("void genrec::forward_kernel<genrec::Shape<cutlass::bfloat16_t, 256> >(ForwardParams)", "attention"),
+        ("void genrec::attention::queries_kernel<genrec::attention::Queries<cutlass::bfloat16_t> >", "attention"),
+        ("genrec::attention::(anonymous namespace)::plan_kernel(genrec::attention::PlanParams)", "attention"),
         ("backward_rows_kernel", "attention"),
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_NTN", "GEMM"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas", "GEMM"),

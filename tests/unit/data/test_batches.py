@@ -459,3 +459,13 @@ def test_data_module_schema_and_counts(tmp_path: Path) -> None:
     # Blocks 0 and 1 of each user train; the first block only as history.
     assert int(data.item_counts.sum()) == 60 * 20
     assert sum(b.labels.shape[0] for b in data.test_dataloader()) == 600  # type: ignore[union-attr]
+
+
+def test_a_batch_moves_with_the_parts_of_its_features(tmp_path: Path) -> None:
+    """TorchRec's own `to` leaves the parts into which features were taken before."""
+    store = make_store(tmp_path, [5, 4], [[1, 2, 4, 8, 16], [1, 3, 9, 27]])
+    batch = Collator(store, "retrieval", seen=True)(retrieval_cases(store, Split(), "test", 2))
+    assert batch.features.to_dict()["item"].values().device.type == "cpu"
+    moved = batch.to("meta").features
+    assert moved.values().device.type == "meta"
+    assert moved.to_dict()["item"].values().device.type == "meta"
