@@ -185,3 +185,10 @@ def _kind(optimizer: Optimizer, name: str) -> str:
         if any(name in group.get("param_names", ()) for group in part.param_groups):
             return type(part).__name__
     return type(optimizer).__name__
+
+
+def step_device(optimizer: Optimizer, parameter: Tensor) -> torch.device:
+    """Where the optimizer keeps how many steps `parameter` has taken: on the host, unless it steps in one kernel."""
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    on_device = bool(group.get("fused") or group.get("capturable"))
+    return parameter.device if on_device else torch.device("cpu")

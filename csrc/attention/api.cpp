@@ -168,6 +168,14 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
+// A thread that has not used CUDA before has no context, and the driver's own functions want one: autograd's thread in
+// its first backward pass. It gets the context of the device that holds `data`.
+bool enter_context(const void* data) {
+  cudaPointerAttributes attributes;
+  return cudaPointerGetAttributes(&attributes, data) == cudaSuccess && attributes.type == cudaMemoryTypeDevice &&
+         cudaSetDevice(attributes.device) == cudaSuccess;
+}
+
 // A (rows, heads, dim) tensor read in boxes of `box_rows` rows of one head, 64 columns (all, where the instance has
 // fewer); what lies beyond `rows` or `dim` reads as zero.
 int32_t encode(CUtensorMap* map, const char* name, const genrec_attention_problem& p,
@@ -186,11 +194,15 @@ int32_t encode(CUtensorMap* map, const char* name, const genrec_attention_proble
                                  static_cast<cuuint64_t>(tensor->row_stride) * 2};
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(columns), 1, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result = encode_tiled()(
-      map, p.dtype == 0 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, tensor->data, sizes,
-      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode_once = [&] {
+    return encode_tiled()(
+        map, p.dtype == 0 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, tensor->data, sizes,
+        strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode_once();
+  if (result == CUDA_ERROR_INVALID_CONTEXT && enter_context(tensor->data)) result = encode_once();
   if (result != CUDA_SUCCESS)
     return fail(std::string("cuTensorMapEncodeTiled refused ") + name + " with error " + std::to_string(result));
   return 0;

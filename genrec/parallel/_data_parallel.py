@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from genrec._optimizer_names import step_device
 from genrec.parallel._groups import (
     DENSE,
     data_parallel_group,
@@ -225,8 +226,8 @@ class DistributedAdamW(Optimizer):
                 flat[name][place] = self.state[parameter][name].detach().flatten().cpu()
         self._inner.load_parameter_state_from_dp_zero(saved)
         if isinstance(inner, torch.optim.AdamW):
-            for state in inner.state.values():
-                state["step"] = torch.tensor(step)
+            for parameter, state in inner.state.items():
+                state["step"] = torch.tensor(step, device=step_device(inner, parameter))
         else:
             # Apex's and Transformer Engine's count in the group.
             for group in inner.param_groups:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.optim import Optimizer
 
-from genrec._optimizer_names import IMPLEMENTATION, driven, fitting, fused_parameters, options_of, parameter_names
+from genrec._optimizer_names import (
+    IMPLEMENTATION,
+    driven,
+    fitting,
+    fused_parameters,
+    options_of,
+    parameter_names,
+    step_device,
+)
 from genrec.parallel._pieces import Piece
 
 BY_COLUMNS = "@columns"
@@ -343,8 +351,7 @@ def _read_plain(reads: Reads, name: str, parameter: Tensor, optimizer: Optimizer
     for quantity, size in _saved_quantities(source, name).items():
         short = quantity.removesuffix(BY_COLUMNS)
         key = f"optimizer.{name}.{quantity}"
-        # torch keeps steps on the host, whatever the parameter's device.
-        device = torch.device("cpu") if not size else parameter.device
+        device = parameter.device if size else step_device(optimizer, parameter)
         local = [n // shards.size if i == dim and shards.size > 1 else n for i, n in enumerate(size)]
         tensor = torch.zeros(local, dtype=source.dtypes[key], device=device)
         reads.pieces.append(shards.piece(key, name, tensor))

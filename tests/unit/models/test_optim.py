@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from genrec._optimizer_names import step_device
 from genrec.embedding import TableOptimizerConfig
 from genrec.models import HSTURetrieval
 from genrec.models.optim import (
@@ -176,3 +177,15 @@ def test_lightning_sees_one_optimizer():
     assert {group["initial_lr"] for group in optimizer.param_groups} == {1e-3, 0.5}
     assert run.global_step == 4
     assert len(norms) == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "device"), [(None, "cpu"), ("foreach", "cpu"), ("fused", "meta"), ("capturable", "meta")]
+)
+def test_steps_lie_where_their_optimizer_reads_them(option, device):
+    other, weight = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.Adam([{"params": [other]}, {"params": [weight]}])
+    if option is not None:
+        optimizer.param_groups[1][option] = True
+    assert step_device(optimizer, weight).type == device
+    assert step_device(optimizer, other).type == "cpu"
