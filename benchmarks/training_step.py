@@ -7,9 +7,10 @@
 
 The shape is that of published figures for such models: 8 layers, hidden 1024, 4 heads of 256, B = 32 sequences of 4099
 tokens (3 of the user, then items and actions in turn, the candidates' items last), a head of 512 hidden units and 8
-tasks, tables on the same device, bf16. It trains under Lightning's Trainer on batches that lie ready in host memory;
-with `--strategy hybrid_parallel` one rank has its tables sharded by TorchRec (over NCCL on a GPU, with FBGEMM's CUDA
-tables and fused row-wise Adagrad), with "auto" they are plain modules with dense gradients.
+tasks, tables on the same device, bf16, as there also for what layers add to (`--fp32-residual` keeps that in fp32, as
+is the library's default). It trains under Lightning's Trainer on batches that lie ready in host memory; with
+`--strategy hybrid_parallel` one rank has its tables sharded by TorchRec (over NCCL on a GPU, with FBGEMM's CUDA tables
+and fused row-wise Adagrad), with "auto" they are plain modules with dense gradients.
 
 FLOP are counted by formula, whatever is really computed: attention as in benchmarks/attention.py, causal,
 S^2 (Dqk + Dv) a head and sequence forward and 2.5 times that backward; linear layers 6 x parameters of their matrices x
@@ -95,6 +96,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--form", choices=sorted(FORMS), default="gated")
     parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--fp32-residual", action="store_true", help="keep the state between layers in fp32")
     parser.add_argument("--recompute", nargs="*", default=[], help="layer_recompute: norm, silu, gate")
     parser.add_argument("--attention", default="auto", help="attention backend")
     parser.add_argument("--layer", help="layer backend; default: triton on a GPU, torch on a CPU")
@@ -125,7 +127,8 @@ def make_model(options: argparse.Namespace) -> HSTURanking:
         options.items, [Task(f"task{number}") for number in range(options.head[-1])],
         max_seqlen=options.history + options.candidates, hidden_dim=options.hidden, num_layers=options.layers,
         num_heads=options.heads, qk_dim=options.head_dim, v_dim=options.head_dim, **FORMS[options.form],
-        dropout=options.dropout, input_dropout=options.dropout, head_hidden_dims=options.head[:-1],
+        dropout=options.dropout, input_dropout=options.dropout, fp32_residual=options.fp32_residual,
+        head_hidden_dims=options.head[:-1],
         action_feature="action", num_actions=ACTIONS, contextual_features=dict.fromkeys(CONTEXTS, 100),
         attention_backend=options.attention, layer_backend=options.layer, layer_recompute=options.recompute,
         embedding_backend=options.embedding, embedding_dtype=options.table_dtype, table_optimizer="rowwise_adagrad",
@@ -346,7 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"HSTURanking ({options.form}): {options.layers} layers, hidden {options.hidden}, {options.heads} x "
         f"{options.head_dim}, B = {options.batch}, T = {options.length}, head {options.head}, {options.items:,} items "
-        f"({options.embedding}, {options.table_dtype}), {options.precision}, strategy {options.strategy}, pipeline "
+        f"({options.embedding}, {options.table_dtype}), {options.precision}, residual "
+        f"{'fp32' if options.fp32_residual else 'as the layers'}, strategy {options.strategy}, pipeline "
         f"{options.pipeline}", flush=True,
     )  # fmt: skip
     measure(options)

@@ -78,6 +78,8 @@ class ModelConfig:
         positions: Learned absolute positions, counted from the "start" or the "end" of the sequence, or "none".
         time_encoding: Added encoding of an event's age: "none", "sqrt" or "log".
         scale_by_sqrt_dim: Multiply embeddings by sqrt(hidden_dim), as the paper's public code does.
+        fp32_residual: Under mixed precision, keep the tokens' state between layers in fp32; false: in the 16 bits of
+            the layers, which saves memory and time.
         layer_backend: What runs the layers outside attention: "auto", "triton" or "torch".
         layer_recompute: Which of a layer's tensors the backward pass makes again instead of keeping: any of "norm"
             (input of the first projection), "silu" (its output, in the paper's form) and "gate" (input of the second).
@@ -98,6 +100,7 @@ class ModelConfig:
     positions: Literal["none", "start", "end"] = "start"
     time_encoding: Literal["none", "sqrt", "log"] = "none"
     scale_by_sqrt_dim: bool = False
+    fp32_residual: bool = True
     layer_backend: str = "torch"
     layer_recompute: list[str] = field(default_factory=list)
     recompute: bool = False

@@ -7,6 +7,7 @@ each read and written once. Nothing waits for a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,3 +110,50 @@ def _check(offsets: Sequence[Tensor], parts: int) -> None:
             f"Each part needs offsets, all of one length; got {parts} parts and offsets of shapes "
             f"{', '.join(str(tuple(o.shape)) for o in offsets)}."
         )
+
+
+def select_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] where no row is named twice: the gradient is copied to its rows, not added up.
+
+    Args:
+        x: (T, D).
+        index: (n,) int64, all different.
+
+    Returns:
+        (n, D).
+    """
+    return _SelectRows.apply(x, index)  # type: ignore[no-any-return]
+
+
+class _SelectRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy(0, index, grad), None
+
+
+def where_true(chosen: Tensor, count: int | None = None) -> Tensor:
+    """The indices at which `chosen` is true, in order: `torch.nonzero` that is told how many and need not ask a GPU.
+
+    Args:
+        chosen: (T,) bool.
+        count: How many are true; None to ask.
+
+    Returns:
+        (count,) int64.
+
+    Raises:
+        RuntimeError: There are not `count` of them. On a GPU the kernels that follow fail.
+    """
+    if count is None:
+        return torch.nonzero(chosen).squeeze(1)
+    torch._assert_async(chosen.sum() == count, f"{count} labels don't fit the batch's num_targets")
+    place = torch.where(chosen, chosen.cumsum(0) - 1, count)
+    found = place.new_zeros(count + 1)
+    return found.scatter_(0, place, torch.arange(chosen.shape[0], device=chosen.device))[:count]

@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class LayerOps(Protocol):
         ...
 
 
-def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
+def apply_linear(linear: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     """linear(x), with the bias added that Megatron's linear layers may return beside the result."""
     y = linear(x)
     if isinstance(y, tuple):
@@ -201,7 +201,11 @@ class TorchLayerOps:
 
 
 def project(
-    normed: Tensor, normalise: Callable[[], Tensor], linear: nn.Module, again_normed: bool, again_projected: bool
+    normed: Tensor,
+    normalise: Callable[[], Tensor],
+    linear: Callable[[Tensor], Any],
+    again_normed: bool,
+    again_projected: bool,
 ) -> tuple[Tensor, Recomputed | None]:
     """(linear(normed), what stands for it in the graph where it is to be made again).
 

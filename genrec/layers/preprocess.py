@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from genrec.data.batch import SequenceBatch
+from genrec.layers.jagged import select_rows, where_true
 from genrec.layers.ops import get_layer_ops
 from genrec.layers.positions import PositionEncoding, TimeEncoding
 from genrec.layers.tokens import TokenSequence
@@ -51,6 +52,8 @@ class PreprocessorConfig:
         time_encoding: "none", "sqrt" or "log".
         num_time_buckets: Rows of the time encoding.
         scale_by_sqrt_dim: Multiply embeddings by sqrt(D) before positions are added.
+        fp32_residual: Under autocast the tokens, and with them what each layer adds to, stay in the embeddings' dtype;
+            False: they take autocast's, with half the traffic between layers.
         dropout: Of the tokens.
         layer_backend: What places the tokens and adds their encodings: see `genrec.layers.ops`.
     """
@@ -69,6 +72,7 @@ class PreprocessorConfig:
     time_encoding: str = "none"
     num_time_buckets: int = 2048
     scale_by_sqrt_dim: bool = False
+    fp32_residual: bool = True
     dropout: float = 0.0
     layer_backend: str = "torch"
 
@@ -108,6 +112,8 @@ class _Layout(NamedTuple):
     """(T,) bool; None without candidates."""
     item_token: Tensor
     """(T,) token of each row's item."""
+    target_rows: Tensor | None
+    """(sum of num_targets,) rows of the candidates; None without."""
     action_rows: Tensor | None
     """(A,) rows whose action is a token; None for all."""
     context_tokens: list[Tensor]
@@ -159,7 +165,8 @@ class SequencePreprocessor(nn.Module):
         if self.times is not None:
             encodings.append((self.times.weight, self.times.buckets(self._ages(batch, tokens, layout))))
         scale = c.hidden_dim**0.5 if c.scale_by_sqrt_dim else 1.0
-        return replace(tokens, x=self.ops.add_encodings(tokens.x, scale, encodings, c.dropout, self.training))
+        x = self.ops.add_encodings(tokens.x, scale, encodings, c.dropout, self.training)
+        return replace(tokens, x=self._in_state_dtype(x))
 
     def outputs(self, y: Tensor, tokens: TokenSequence) -> Tensor:
         """The states from which the model answers.
@@ -172,7 +179,7 @@ class SequencePreprocessor(nn.Module):
             With candidates (sum of num_targets, D): each candidate's item token, in the order of the candidates.
             Without (T, D): each event's last token, which has seen the event's item and action.
         """
-        return y if tokens.output_index is None else y.index_select(0, tokens.output_index)
+        return y if tokens.output_index is None else select_rows(y, tokens.output_index)
 
     def _check(self, embeddings: Mapping[str, JaggedTensor], batch: SequenceBatch) -> None:
         c = self.config
@@ -207,19 +214,22 @@ class SequencePreprocessor(nn.Module):
         token_lengths = contexts + per_row * history + per_target * targets
         token_offsets = torch.cat([offsets.new_zeros(1), token_lengths.cumsum(0)])
         item_token = token_offsets[sequence] + contexts[sequence] + per_row * local
-        is_target = action_rows = None
+        is_target = target_rows = action_rows = None
         if batch.num_targets is not None:
             beyond = local - history[sequence]
             is_target = beyond >= 0
             item_token = item_token - (per_row - per_target) * beyond.clamp(min=0)
+            # Ranking labels tell how many candidates there are; asking a GPU would wait for all that it has to do.
+            count = None if batch.labels is None or batch.labels.dim() != 2 else batch.labels.shape[0]
+            target_rows = where_true(is_target, count)
             if c.interleaved and not c.candidate_actions:
-                action_rows = torch.nonzero(~is_target).squeeze(1)
+                action_rows = where_true(~is_target, None if count is None else rows - count)
         tokens, sequences, start = [], [], token_offsets[:-1]
         for name, here in zip(c.contextual_features, present, strict=True):
             sequences.append(torch.repeat_interleave(here, output_size=embeddings[name].values().shape[0]))
             tokens.append(start[sequences[-1]])
             start = start + here
-        return _Layout(sequence, is_target, item_token, action_rows, tokens, sequences, token_offsets,
+        return _Layout(sequence, is_target, item_token, target_rows, action_rows, tokens, sequences, token_offsets,
                        contexts if present else None, per_row * history)  # fmt: skip
 
     def _embed(self, embeddings: Mapping[str, JaggedTensor], batch: SequenceBatch, layout: _Layout) -> Tensor:
@@ -227,7 +237,7 @@ class SequencePreprocessor(nn.Module):
         c = self.config
 
         def project(name: str) -> Tensor:
-            values = embeddings[name].values()
+            values = self._in_state_dtype(embeddings[name].values())
             return self.projections[name](values) if name in self.projections else values
 
         described = [c.item_feature, *c.side_features]
@@ -242,7 +252,7 @@ class SequencePreprocessor(nn.Module):
             action = project(c.action_feature)
             if c.interleaved:
                 rows = layout.action_rows
-                pool.append(action if rows is None else action.index_select(0, rows))
+                pool.append(action if rows is None else select_rows(action, rows))
                 place.append((layout.item_token if rows is None else layout.item_token[rows]) + 1)
             elif layout.is_target is None:
                 pool[0] = item + action
@@ -254,12 +264,18 @@ class SequencePreprocessor(nn.Module):
             return pool[0]
         return self.ops.place_rows(pool, place)
 
+    def _in_state_dtype(self, x: Tensor) -> Tensor:
+        """x, in autocast's dtype where the tokens are to have that."""
+        kind = x.device.type
+        narrow = not self.config.fp32_residual and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(kind)) if narrow else x
+
     def _tokens(self, batch: SequenceBatch, layout: _Layout, x: Tensor) -> TokenSequence:
         c = self.config
         timestamps, asked = self._token_times(batch, layout, x.shape[0])
         per_target = 2 if c.candidate_actions else 1
-        if layout.is_target is not None:
-            output_index = layout.item_token[layout.is_target]
+        if layout.target_rows is not None:
+            output_index = layout.item_token[layout.target_rows]
         elif c.interleaved:
             output_index = layout.item_token + 1
         else:

@@ -51,6 +51,7 @@ class SequenceRecommender(L.LightningModule):
         positions: Learned absolute positions: "none", "start" or "end" (where they are counted from).
         time_encoding: "none", "sqrt" or "log": added encoding of an event's age.
         scale_by_sqrt_dim: Multiply embeddings by sqrt(D), as the paper's public code does.
+        fp32_residual: As in `PreprocessorConfig`.
         input_dropout: Dropout of the tokens.
         embedding_backend: "fbgemm" or "hkv", of all tables.
         embedding_dtype: "fp32", "fp16" or "bf16", of all tables.
@@ -83,6 +84,7 @@ class SequenceRecommender(L.LightningModule):
         positions: str = "start",
         time_encoding: str = "none",
         scale_by_sqrt_dim: bool = False,
+        fp32_residual: bool = True,
         input_dropout: float = 0.2,
         embedding_backend: EmbeddingBackend = "fbgemm",
         embedding_dtype: str = "fp32",
@@ -143,6 +145,7 @@ class SequenceRecommender(L.LightningModule):
             position_from="end" if positions == "end" else "start",
             time_encoding=time_encoding,
             scale_by_sqrt_dim=scale_by_sqrt_dim,
+            fp32_residual=fp32_residual,
             dropout=input_dropout,
         )
         self.max_tokens = config.max_tokens(max_seqlen)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.types import ShardingPlan
@@ -19,6 +18,7 @@ from torchrec.distributed.types import ShardingPlan
 from genrec.embedding.hkv.planning import add_dynamic_tables, dynamic_collections, reserve_bytes
 from genrec.embedding.hkv.sharding import dynamic_sharders
 from genrec.parallel._plan_checks import fitting_plan
+from genrec.parallel._sequence_tables import SequenceTableSharder
 from genrec.parallel._settings_plan import settings_plan
 from genrec.parallel._static_tables import StaticTable, fuse, optimizers_noted, static_tables
 
@@ -125,7 +125,7 @@ def plan_tables(
 
 def sharders() -> list[Any]:
     """What shards the collections of static and dynamic tables."""
-    return [EmbeddingCollectionSharder(), EmbeddingBagCollectionSharder(), *dynamic_sharders()]
+    return [SequenceTableSharder(), EmbeddingBagCollectionSharder(), *dynamic_sharders()]
 
 
 def check_planner(planner: Any) -> None:

@@ -345,6 +345,7 @@ def common_arguments(config: Any, encoder: bool = True) -> dict[str, Any]:
         "positions": model.positions,
         "time_encoding": model.time_encoding,
         "scale_by_sqrt_dim": model.scale_by_sqrt_dim,
+        "fp32_residual": model.fp32_residual,
         "input_dropout": model.input_dropout,
         "embedding_backend": embedding.backend,
         "embedding_dtype": embedding.dtype,

@@ -165,7 +165,7 @@ def test_a_collection_that_the_plan_leaves_out_is_replicated(ranks):
 
 
 def test_the_first_rank_plans_unless_the_planner_is_collective(ranks):
-    assert ranks[0]["calls"] == ["2 ranks, EmbeddingCollectionSharder", "collective"]
+    assert ranks[0]["calls"] == ["2 ranks, SequenceTableSharder", "collective"]
     assert ranks[1]["calls"] == ["collective"]
 
 

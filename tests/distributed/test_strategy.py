@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from genrec.parallel import planner
+from genrec.parallel._sequence_tables import SequenceTableSharder
 from tests.distributed import training
 from tests.distributed.ranks import run_ranks
 
@@ -16,6 +18,8 @@ STEPS = 50
 
 
 def _curves(rank: int, world_size: int, shardings: list[str]) -> dict[str, list[float]]:
+    if world_size == 2:  # as on a GPU, where sequences are looked up in pieces
+        planner.SequenceTableSharder = functools.partial(SequenceTableSharder, 3)  # type: ignore[misc,assignment]
     return {
         f"{kind}/{sharding}": training.train(
             kind, STEPS, {"sharding": sharding}, {"table_optimizer": SHARDINGS[sharding]}

@@ -28,9 +28,13 @@ def tile(width: int, per_thread: int = 16, max_rows: int = 64) -> tuple[int, int
     return rows, columns, warps
 
 
+PROGRAMS = 4
+"""Of a kernel with sums, on each multiprocessor."""
+
+
 def programs_for(x: Tensor, blocks: int, groups: int, sums: bool) -> int:
     """Programs that share `blocks` row blocks. Where each has sums of its own to store, no more than run at a time."""
-    return max(1, min(blocks, -(-_processors(x.device) * 4 // groups))) if sums else max(1, blocks)
+    return max(1, min(blocks, -(-_processors(x.device) * PROGRAMS // groups))) if sums else max(1, blocks)
 
 
 @lru_cache(maxsize=16)

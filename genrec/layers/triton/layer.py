@@ -19,7 +19,7 @@ from genrec.layers.triton.encodings import add_encodings
 from genrec.layers.triton.gate import gated_product
 from genrec.layers.triton.norm import NormAndResidual, layer_norm
 from genrec.layers.triton.rows import place_rows, take_rows
-from genrec.layers.triton.silu import SplitActivated
+from genrec.layers.triton.silu import BiasGradient, Projection, SplitActivated
 
 
 class _PlainNorm(NamedTuple):
@@ -62,11 +62,13 @@ class TritonLayerOps:
             x, normed = NormAndResidual.apply(x, *plain, dtype)
         # Where v, q, k stay views of the projection there is nothing to save by making it again.
         again = silu_all and "silu" in self.recompute
-        y, recomputed = project(normed, normalise, linear, "norm" in self.recompute, again)
+        bias = BiasGradient() if _is_plain(linear) else None
+        projection = linear if bias is None else partial(_projected, linear, bias)
+        y, recomputed = project(normed, normalise, projection, "norm" in self.recompute, again)
         if recomputed is None:
-            return x, *SplitActivated.apply(y, *widths, silu_all, False)
+            return x, *SplitActivated.apply(y, *widths, silu_all, False, bias)
         with recomputed.saved():
-            return x, *SplitActivated.apply(y, *widths, silu_all, True)
+            return x, *SplitActivated.apply(y, *widths, silu_all, True, bias)
 
     def gated_output(
         self,
@@ -152,6 +154,19 @@ def plain_norm(norm: nn.Module, width: int) -> _PlainNorm | None:
     if type(norm) is HeadNorm and width % norm.dim == 0 and norm.dim <= MAX_WIDTH:
         return _PlainNorm(weight, bias, width // norm.dim, norm.eps)
     return None
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether the projection is a plain one with a bias, whose gradient may be computed on the way."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    # What is compiled may not tell itself things on the side.
+    return (
+        type(linear) is nn.Linear and linear.bias is not None and not any(hooks) and not torch.compiler.is_compiling()
+    )
+
+
+def _projected(linear: nn.Module, gradient: BiasGradient, x: Tensor) -> Tensor:
+    return Projection.apply(x, linear.weight, linear.bias, gradient)  # type: ignore[no-any-return]
 
 
 def _normed(x: Tensor, norm: _PlainNorm, dtype: torch.dtype) -> Tensor:

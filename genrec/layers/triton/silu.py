@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op
-from genrec.layers.triton._launch import check, on_device, tile
+from genrec.layers.triton._launch import check, on_device, programs_for, tile
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _activate(y_ptr, z_ptr, rows, width, wide, first, raw_end, sy_row, sy_col,
 @triton.jit
 def _merge_part(d_ptr, s_row, s_head, s_col, y_ptr, dy_ptr, row, rows, head, wide, base, dim, sy_row, sy_col, dy_row,
                 SILU: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """One of the four parts of `_merge`: columns [base, base + dim) of a head."""
+    """One of the four parts of `_merge`, columns [base, base + dim) of a head; what it wrote, zeros beyond."""
     col = tl.arange(0, COLS)
     ok = (row < rows)[:, None] & (col < dim)[None, :]
     from_ptrs = d_ptr + row[:, None] * s_row + head.to(tl.int64) * s_head + col[None, :] * s_col
@@ -48,22 +48,48 @@ def _merge_part(d_ptr, s_row, s_head, s_col, y_ptr, dy_ptr, row, rows, head, wid
         s = tl.sigmoid(y)
         d = d * s * (1.0 + y * (1.0 - s))
     tl.store(dy_ptr + row[:, None] * dy_row + at, d.to(dy_ptr.dtype.element_ty), mask=ok)
+    return d
 
 
 @triton.jit
-def _merge(du, dv, dq, dk, y, dy, rows, width, v_dim, qk_dim, u_row, u_head, u_col, v_row, v_head, v_col,
+def _store_sum(sums_ptr, total, at, dim, COLS: tl.constexpr):
+    col = tl.arange(0, COLS)
+    tl.store(sums_ptr + at + col, tl.sum(total, 0), mask=col < dim)
+
+
+@triton.jit
+def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_head, u_col, v_row, v_head, v_col,
            q_row, q_head, q_col, k_row, k_head, k_col, sy_row, sy_col,
-           SILU: tl.constexpr, ROWS: tl.constexpr, V_COLS: tl.constexpr, QK_COLS: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
+           SILU: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, V_COLS: tl.constexpr,
+           QK_COLS: tl.constexpr):  # fmt: skip
+    """dy from its parts; with SUMS also this program's sums over its rows, (programs, width)."""
+    program, head = tl.program_id(0), tl.program_id(1)
     wide = 2 * (v_dim + qk_dim)
-    _merge_part(du, u_row, u_head, u_col, y, dy, row, rows, head, wide, 0, v_dim, sy_row, sy_col, width, False, V_COLS)
-    _merge_part(dv, v_row, v_head, v_col, y, dy, row, rows, head, wide, v_dim, v_dim, sy_row, sy_col, width,
-                SILU, V_COLS)  # fmt: skip
-    _merge_part(dq, q_row, q_head, q_col, y, dy, row, rows, head, wide, 2 * v_dim, qk_dim, sy_row, sy_col, width,
-                SILU, QK_COLS)  # fmt: skip
-    _merge_part(dk, k_row, k_head, k_col, y, dy, row, rows, head, wide, 2 * v_dim + qk_dim, qk_dim, sy_row, sy_col,
-                width, SILU, QK_COLS)  # fmt: skip
+    u_sum = tl.zeros([ROWS, V_COLS], tl.float32)
+    v_sum = tl.zeros([ROWS, V_COLS], tl.float32)
+    q_sum = tl.zeros([ROWS, QK_COLS], tl.float32)
+    k_sum = tl.zeros([ROWS, QK_COLS], tl.float32)
+    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
+        u = _merge_part(du, u_row, u_head, u_col, y, dy, row, rows, head, wide, 0, v_dim, sy_row, sy_col, width,
+                        False, V_COLS)  # fmt: skip
+        v = _merge_part(dv, v_row, v_head, v_col, y, dy, row, rows, head, wide, v_dim, v_dim, sy_row, sy_col, width,
+                        SILU, V_COLS)  # fmt: skip
+        q = _merge_part(dq, q_row, q_head, q_col, y, dy, row, rows, head, wide, 2 * v_dim, qk_dim, sy_row, sy_col,
+                        width, SILU, QK_COLS)  # fmt: skip
+        k = _merge_part(dk, k_row, k_head, k_col, y, dy, row, rows, head, wide, 2 * v_dim + qk_dim, qk_dim, sy_row,
+                        sy_col, width, SILU, QK_COLS)  # fmt: skip
+        if SUMS:
+            u_sum += u
+            v_sum += v
+            q_sum += q
+            k_sum += k
+    if SUMS:
+        at = program.to(tl.int64) * width + head * wide
+        _store_sum(sums, u_sum, at, v_dim, V_COLS)
+        _store_sum(sums, v_sum, at + v_dim, v_dim, V_COLS)
+        _store_sum(sums, q_sum, at + 2 * v_dim, qk_dim, QK_COLS)
+        _store_sum(sums, k_sum, at + 2 * v_dim + qk_dim, qk_dim, QK_COLS)
 
 
 @op("genrec::activate_uvqk")
@@ -101,37 +127,80 @@ def _(y: Tensor, v_dim: int, qk_dim: int, keep_u: bool) -> Tensor:
 
 
 @op("genrec::merge_uvqk")
-def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None) -> Tensor:
-    """The gradient of the projection from those of its parts.
+def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of the projection from those of its parts, and its sum over the rows.
 
     Args:
         du: (T, H, Dv), with respect to u before its SiLU.
         dv: (T, H, Dv); dq, dk: (T, H, Dqk). Any strides, one dtype.
         y: (T, H * (2 Dv + 2 Dqk)), the projection, where v, q and k went through SiLU; else None.
+        sums: The gradient of the projection's bias is wanted as well.
 
     Returns:
-        (T, H * (2 Dv + 2 Dqk)), contiguous.
+        (T, H * (2 Dv + 2 Dqk)), contiguous; and with `sums` its sum over T in fp32, else nothing, (0,).
     """
     check("merge_uvqk", du, dv, dq, dk, y)
     rows, heads, v_dim = dv.shape
     qk_dim = dq.shape[2]
     dy = dv.new_empty(rows, heads * 2 * (v_dim + qk_dim))
-    if dy.numel() == 0:
-        return dy
-    block, v_columns, warps = tile(v_dim)
-    qk_columns = tile(qk_dim)[1]
-    with on_device(dv):
-        _merge[(triton.cdiv(rows, block), heads)](
-            du, dv, dq, dk, y, dy, rows, dy.shape[1], v_dim, qk_dim,
-            *du.stride(), *dv.stride(), *dq.stride(), *dk.stride(), *((0, 0) if y is None else y.stride()),
-            SILU=y is not None, ROWS=block, V_COLS=v_columns, QK_COLS=qk_columns, num_warps=warps,
-        )  # fmt: skip
-    return dy
+    block, v_columns, warps = tile(max(v_dim, qk_dim), per_thread=8 if sums else 16)
+    qk_columns, v_columns = tile(qk_dim)[1], tile(v_dim)[1]
+    programs = programs_for(dv, triton.cdiv(rows, block), heads, sums)
+    partial = dv.new_zeros(programs if sums else 0, dy.shape[1], dtype=torch.float32)
+    if dy.numel():
+        with on_device(dv):
+            _merge[(programs, heads)](
+                du, dv, dq, dk, y, dy, partial, rows, dy.shape[1], v_dim, qk_dim,
+                *du.stride(), *dv.stride(), *dq.stride(), *dk.stride(), *((0, 0) if y is None else y.stride()),
+                SILU=y is not None, SUMS=sums, ROWS=block, V_COLS=v_columns, QK_COLS=qk_columns, num_warps=warps,
+            )  # fmt: skip
+    return dy, partial.sum(0) if sums else partial.flatten()
 
 
 @merge_uvqk.register_fake
-def _(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None) -> Tensor:
-    return dv.new_empty(dv.shape[0], dv.shape[1] * 2 * (dv.shape[2] + dq.shape[2]))
+def _(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
+    width = dv.shape[1] * 2 * (dv.shape[2] + dq.shape[2])
+    return dv.new_empty(dv.shape[0], width), dv.new_empty(width if sums else 0, dtype=torch.float32)
+
+
+class BiasGradient:
+    """Brings the gradient of the projection's bias from `SplitActivated`, where it is nearly free, to `Projection`."""
+
+    def __init__(self) -> None:
+        self._found: tuple[int, Tensor] | None = None
+
+    def put(self, dy: Tensor, sums: Tensor) -> None:
+        """`sums` are those of dy."""
+        self._found = dy.data_ptr(), sums
+
+    def take(self, dy: Tensor) -> Tensor:
+        """The sum of dy over its rows."""
+        found, self._found = self._found, None
+        return found[1] if found is not None and found[0] == dy.data_ptr() else dy.sum(0)
+
+
+class Projection(torch.autograd.Function):
+    """x @ weight^T + bias as nn.Linear computes it, whose bias takes its gradient from a `BiasGradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gradient: BiasGradient) -> Tensor:
+        """x: (T, D); weight: (width, D) and bias: (width,), of x's dtype or wider (autocast's parameters)."""
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.gradient = gradient
+        return torch.nn.functional.linear(x, weight, bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """(dx, dweight, dbias, None)."""
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            dy @ weight if wanted[0] else None,
+            dy.t() @ x if wanted[1] else None,
+            ctx.gradient.take(dy) if wanted[2] else None,
+            None,
+        )
 
 
 class SplitActivated(torch.autograd.Function):
@@ -142,9 +211,10 @@ class SplitActivated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, v_dim: int, qk_dim: int, silu: bool, keep_u: bool
+        ctx: Any, y: Tensor, v_dim: int, qk_dim: int, silu: bool, keep_u: bool, bias: BiasGradient | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The parts, (T, H, Dv) or (T, H, Dqk), with contiguous columns."""
+        ctx.bias = bias
         ctx.save_for_backward(y if silu else None)
         whole = y.detach().unflatten(-1, (-1, 2 * (v_dim + qk_dim)))
         parts = [v_dim, v_dim, qk_dim, qk_dim]
@@ -163,4 +233,7 @@ class SplitActivated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """(d projection, None, ...)."""
         (y,) = ctx.saved_tensors
-        return merge_uvqk(*gradients, y), None, None, None, None
+        dy, sums = merge_uvqk(*gradients, y, ctx.bias is not None)
+        if ctx.bias is not None:
+            ctx.bias.put(dy, sums)
+        return dy, *[None] * 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genrec.layers.jagged import jagged_concat, jagged_interleave, jagged_split
+from genrec.layers.jagged import jagged_concat, jagged_interleave, jagged_split, select_rows, where_true
 from genrec.layers.ops import get_layer_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,3 +81,23 @@ def test_encodings_of_both_backends(p: float) -> None:
         torch.testing.assert_close(*results)
     for name in ("torch", "triton"):
         assert get_layer_ops(name).add_encodings(x, 1.0, [], p, False) is x
+
+
+def test_select_rows_has_the_gradient_of_indexing() -> None:
+    x = torch.randn(7, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    index = torch.tensor([5, 0, 6, 2], device=DEVICE)
+    assert torch.equal(select_rows(x, index), x[index])
+    assert torch.autograd.gradcheck(select_rows, (x, index))
+
+
+@pytest.mark.parametrize("chosen", [[], [False], [True], [False, True, True, False, True], [True] * 4])
+def test_where_true_is_nonzero(chosen: list[bool]) -> None:
+    mask = torch.tensor(chosen, dtype=torch.bool, device=DEVICE)
+    assert where_true(mask, sum(chosen)).tolist() == where_true(mask).tolist()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the device fails, and all tests after it")
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_true_wants_the_right_count(count: int) -> None:
+    with pytest.raises(RuntimeError, match=f"{count} labels don't fit"):
+        where_true(torch.tensor([True, False, True]), count)

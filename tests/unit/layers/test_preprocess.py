@@ -392,3 +392,26 @@ def test_layer_backends_make_the_same_tokens(mode: dict[str, Any]) -> None:
         results.append([tokens.x, *torch.autograd.grad(tokens.x, leaves, upstream)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("fp32_residual", [True, False])
+def test_tokens_take_the_dtype_of_autocast_on_request(fp32_residual: bool, backend: str) -> None:
+    config = PreprocessorConfig(hidden_dim=1, action_feature="action", max_positions=20, time_encoding="log",
+                                num_time_buckets=30, fp32_residual=fp32_residual, layer_backend=backend)  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = SequencePreprocessor(config).to(device)
+    embeddings = {name: values.to(device) for name, values in _embeddings().items()}
+    exact = module(embeddings, _batch().to(device)).x
+    assert exact.dtype == torch.float32
+    with torch.autocast(device.type, torch.bfloat16):
+        x = module(embeddings, _batch().to(device)).x
+    assert x.dtype == (torch.float32 if fp32_residual else torch.bfloat16)
+    torch.testing.assert_close(x.float(), exact, rtol=0.0 if fp32_residual else 2**-6, atol=2**-7)
+
+
+def test_labels_that_do_not_fit_the_candidates_are_an_error() -> None:
+    batch = replace(_batch(), labels=torch.zeros(sum(TARGETS) + 1, 1))
+    module = SequencePreprocessor(PreprocessorConfig(hidden_dim=1, action_feature="action"))
+    with pytest.raises(RuntimeError, match="labels don't fit the batch's num_targets"):
+        module(_embeddings(), batch)

@@ -34,7 +34,8 @@ y = torch.zeros(rows, 4 * width, dtype=dtype)
 activate_uvqk(y, dim, dim, False)
 a, u = x.view(rows, heads, dim), y.view(rows, heads, -1)[..., :dim]
 for projection in (y, None):
-    merge_uvqk(a, a, a, a, projection)
+    merge_uvqk(a, a, a, a, projection, False)
+    merge_uvqk(a, a, a, a, projection, True)
 seed = torch.zeros(1, dtype=torch.int64)
 cases = [(False, None, 1, 0.0), (False, None, 1, 0.2), (True, column, 1, 0.2), (True, group, heads, 0.2)]
 for concat, weight, groups, p in cases:
@@ -60,7 +61,7 @@ def test_kernels_compile_for_hopper_without_spilling(heads: int, dim: int, tmp_p
                           check=False, env=environment, cwd=Path(__file__).parents[3])  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    assert len(kernels) == 22
+    assert len(kernels) == 24
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["registers"] <= 168, kernel  # at least three programs of four warps on a multiprocessor

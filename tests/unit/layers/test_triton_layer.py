@@ -383,4 +383,5 @@ def test_ops_are_sound() -> None:
     y = torch.randn(7, 3 * 24, device=DEVICE)
     torch.library.opcheck(activate_uvqk.registered, (y, 8, 4, False))
     parts = SplitActivated.apply(y, 8, 4, True, False)
-    torch.library.opcheck(merge_uvqk.registered, (*parts, y))
+    for sums in (False, True):
+        torch.library.opcheck(merge_uvqk.registered, (*parts, y, sums))

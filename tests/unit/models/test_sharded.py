@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingEnv
 
 from genrec.models import HSTURanking, HSTURetrieval, Task
+from genrec.parallel._sequence_tables import SequenceTableSharder, cut_lengths
 from tests.helpers import ranking_batch, retrieval_batch
 
 SIZES = {"hidden_dim": 8, "max_seqlen": 8, "dropout": 0.0, "input_dropout": 0.0}
@@ -35,12 +35,20 @@ def ranking():
     return model, [ranking_batch([[i, 1, 2, 3], [4]], [[0, 1, 0, 1], [1]], [2, 1], labels) for i in range(5)]
 
 
+def test_cut_lengths_are_even_and_whole():
+    lengths = torch.tensor([0, 1, 2, 7, 9])
+    cut = cut_lengths(lengths, 4).view(-1, 4)
+    assert cut.sum(1).tolist() == lengths.tolist()
+    assert (cut.amax(1) - cut.amin(1)).max() <= 1
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize(
     "build",
     [retrieval, lambda: retrieval(loss="sampled_softmax"), ranking],
     ids=["full_softmax", "sampled_softmax", "ranking"],
 )
-def test_pipelined_training_with_sharded_tables_is_plain_training(build, process_group):
+def test_pipelined_training_with_sharded_tables_is_plain_training(build, pieces, process_group):
     def parts():
         torch.manual_seed(0)
         model, batches = build()
@@ -62,7 +70,7 @@ def test_pipelined_training_with_sharded_tables_is_plain_training(build, process
         model,
         env=ShardingEnv.from_process_group(process_group),
         device=torch.device("cpu"),
-        sharders=[EmbeddingCollectionSharder(fused_params={"learning_rate": 0.1})],
+        sharders=[SequenceTableSharder(pieces, {"learning_rate": 0.1})],
         init_data_parallel=False,
     )
     _copy_tables(parts()[0], model)
