@@ -16,6 +16,9 @@ whatever a kernel really computes. flex_attention gets the same scores and mask;
 always takes, and it is compiled anew for each point: 4x128 at two lengths only. Flash attention
 (scaled_dot_product_attention) is causal softmax without bias, full lengths only.
 
+A timing is the median of at least five runs in some 0.06 s, after a pause: a burst at the GPU's full clock. Under a
+steady load of such kernels its power limit lowers the clock (benchmarks/layer.py, benchmarks/training_step.py).
+
 Before anything is timed, the output and gradients of a small batch of each kind are compared with fp64. Triton's
 kernels are compiled beforehand, in a process for each core.
 """
@@ -31,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +150,7 @@ class Timing:
     most: float
 
 
-def timed(run: Callable[[], Any], seconds: float = 0.12) -> Timing:
+def timed(run: Callable[[], Any], seconds: float = 0.06) -> Timing:
     """Runs for about so long on a warm GPU."""
     for _ in range(2):
         run()
@@ -259,9 +263,15 @@ HEADER = (
 )
 
 
+@lru_cache(maxsize=1)
+def batch_of(point: Point) -> Batch:
+    """The batch of a point, the same for its contenders, who come one after the other."""
+    return Batch(point, TOKENS)
+
+
 def measure(point: Point, contender: str) -> Row:
     """One row, of one of CONTENDERS."""
-    batch = Batch(point, TOKENS)
+    batch = batch_of(point)
     if contender in OURS:
         ahead, back = time_ours(batch, contender)
     else:

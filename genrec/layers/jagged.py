@@ -135,7 +135,7 @@ class _SelectRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy(0, index, grad), None
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_put_((index,), grad), None
 
 
 def where_true(chosen: Tensor, count: int | None = None) -> Tensor:

@@ -18,9 +18,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def tile(width: int, per_thread: int = 16, max_rows: int = 64) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile that holds whole rows of `width`; columns are a power of two.
 
-    Four warps, more for wide rows. A thread holds `per_thread` elements of each tensor of the tile in registers: 16 in
-    the forward kernels; 8 (one 16 byte load of 16 bit numbers) in the backward ones, which hold up to ten such tensors
-    and should still leave room for several programs on each multiprocessor.
+    Four warps, more for wide rows. A thread holds `per_thread` elements of each tensor of the tile in registers: 16, or
+    8 (one 16 byte load of 16 bit numbers) in kernels that hold up to ten such tensors and should still leave room for
+    several programs on each multiprocessor.
     """
     columns = max(16, 1 << (width - 1).bit_length())
     rows = max(1, min(max_rows, 128 * per_thread // columns))
@@ -28,13 +28,9 @@ def tile(width: int, per_thread: int = 16, max_rows: int = 64) -> tuple[int, int
     return rows, columns, warps
 
 
-PROGRAMS = 4
-"""Of a kernel with sums, on each multiprocessor."""
-
-
-def programs_for(x: Tensor, blocks: int, groups: int, sums: bool) -> int:
-    """Programs that share `blocks` row blocks. Where each has sums of its own to store, no more than run at a time."""
-    return max(1, min(blocks, -(-_processors(x.device) * PROGRAMS // groups))) if sums else max(1, blocks)
+def programs_for(x: Tensor, blocks: int, groups: int, sums: bool, each: int = 4) -> int:
+    """Programs that share `blocks` row blocks. Where each has sums of its own to store, `each` on a multiprocessor."""
+    return max(1, min(blocks, -(-_processors(x.device) * each // groups))) if sums else max(1, blocks)
 
 
 @lru_cache(maxsize=16)

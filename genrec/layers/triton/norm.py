@@ -185,7 +185,7 @@ def layer_norm_backward(
     dim = width // groups
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     kind = affine_kind(weight, groups, width)
-    block, columns, warps = tile(dim, per_thread=8)
+    block, columns, warps = tile(dim)
     programs = programs_for(x, triton.cdiv(rows, block), groups, weight is not None)
     sums = 0 if weight is None else weight.numel()
     dw, db = (torch.zeros(programs, sums, dtype=torch.float32, device=x.device) for _ in range(2))
