@@ -17,7 +17,7 @@ from torch import Tensor
 from genrec._ops import op
 from genrec.layers.triton._launch import check, on_device, programs_for, tile
 
-PROGRAMS = 64
+PROGRAMS = 4
 """With sums, on each multiprocessor: many more than run at a time, so that none is left alone at the end."""
 
 
