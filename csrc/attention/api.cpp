@@ -369,11 +369,14 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   BackwardParams params{};
   int most = 0;
   const bool gathers = one.blocks.gathers();
-  const int query_box = gathers ? one.blocks.queries : kBoxRows, key_box = gathers ? one.blocks.keys : kBoxRows;
-  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, query_box) != 0 ||
+  const int key_box = one.blocks.key_box;
+  const auto encode_queries = [&](int box) {
+    if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box) != 0) return -1;
+    return encode(&params.d_out, "d_out", p, d_out, p.query_rows, p.v_dim, one.dim, box);
+  };
+  if (encode_queries(one.blocks.query_box) != 0 ||
       encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, key_box) != 0 ||
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, key_box) != 0 ||
-      encode(&params.d_out, "d_out", p, d_out, p.query_rows, p.v_dim, one.dim, query_box) != 0 ||
       multiprocessors(&most) != 0)
     return -1;
   const int blocks = blocks_for(shape.capacity[key_list], p.heads, most);
@@ -399,6 +402,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
     int used = blocks;
     if (!gathers && pass == one.blocks.passes - 1) {
+      if (one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0) return -1;
       params.list = shape.list(plan, query_list);
       used = blocks_for(shape.capacity[query_list], p.heads, most);
     }

@@ -1,9 +1,8 @@
-// The backward kernels without a bias, whose tensor cores have products queued at all times.
+// What the backward kernels over tiles of keys without a bias share: shapes, the loading thread, weights, derivatives.
 //
-// The work is that of backward.h; the order differs. Within a step dQ = dS K is issued before dK += dS^T Q, so that it
-// is added to its sum while dK is computed, and then the scores of the next query tile, which are there when the next
-// step starts. The next tile's K and V come while this one is in use. Weights and derivatives are masked and rounded
-// pair by pair as they are computed, not in a second sweep that holds all of them.
+// The work is that of backward.h. The consumers differ (backward_gather.h, backward_keys.h, backward_relay.h); all keep
+// products queued for the tensor cores, across steps too. Weights and derivatives are masked and rounded pair by pair as
+// they are computed, not in a second sweep that holds all of them.
 #pragma once
 
 #include "attention/backward_tiles.h"
@@ -30,6 +29,13 @@ struct StepRecord {
   int masked, rank;  // rank: key tiles that add to dQ before this one, where the order is fixed
 };
 
+// Where the record of the step lies whose Q is at a place. There are twice as many as stages, since dQ of a step may be
+// added to its sum after Q has been given back.
+template <int kStages>
+__device__ inline int record_place(const Place<kStages>& q, bool producer) {
+  return q.stage + kStages * (q.parity ^ producer);
+}
+
 struct PipelinedWork {
   TileRecord tile;
   int head, steps;
@@ -51,10 +57,10 @@ __device__ inline StepRecord step_record(const BackwardParams& p, const TileReco
   return step;
 }
 
-// SiLU's derivatives at a thread's N scores: fp32, or rounded to the kernel's dtype in half the registers, where dS gets
-// a second rounding. Never in the scores' own registers: those belong to products in flight.
+// Numbers for a thread's N scores, SiLU's values or derivatives: fp32, or rounded in half the registers, where dS gets a
+// second rounding. Never in the scores' own registers: those belong to products in flight.
 template <class Element, int N, bool kPacked>
-struct Derivatives {
+struct ScorePairs {
   float values[N];
 
   __device__ void put(int e, float low, float high) { values[e] = low, values[e + 1] = high; }
@@ -62,19 +68,28 @@ struct Derivatives {
 };
 
 template <class Element, int N>
-struct Derivatives<Element, N, true> {
+struct ScorePairs<Element, N, true> {
   uint32_t values[N / 2];
 
   __device__ void put(int e, float low, float high) { values[e / 2] = pack<Element>(low, high); }
   __device__ cutlass::Array<float, 2> get(int e) const { return unpack<Element>(values[e / 2]); }
 };
 
-// Scores S^T become weights, rounded, the A operand of dV, and derivatives. kMasked: the thread's two keys are seen by
+// As they, the A operand of a product.
+template <class Element, class Operand>
+struct OperandPairs {
+  Operand& operand;
+
+  __device__ void put(int e, float low, float high) {
+    reinterpret_cast<uint32_t*>(&operand(0))[e / 2] = pack<Element>(low, high);
+  }
+};
+
+// Scores S^T become weights and derivatives. kMasked: the thread's two keys are seen by
 // what `low` and `high` say.
 template <class Shape, bool kMasked, class Scores, class Weights, class Slopes>
 __device__ inline void weigh_pairs(const Scores& scores, Weights& weights, Slopes& derivatives, float half_alpha,
                                    const ColumnSight& low, const ColumnSight& high) {
-  uint32_t* words = reinterpret_cast<uint32_t*>(&weights(0));
   CUTE_UNROLL
   for (int e = 0; e < cute::size(scores); e += 2) {
     SiluAndDerivative pair[2];
@@ -89,7 +104,7 @@ __device__ inline void weigh_pairs(const Scores& scores, Weights& weights, Slope
         pair[j].derivative = seen ? pair[j].derivative : 0.f;
       }
     }
-    words[e / 2] = pack<typename Shape::Element>(pair[0].value, pair[1].value);
+    weights.put(e, pair[0].value, pair[1].value);
     derivatives.put(e, pair[0].derivative, pair[1].derivative);
   }
 }
@@ -123,32 +138,49 @@ __device__ inline void differentiate(const Slopes& derivatives, const Scores& d_
 // waits for ever for what isn't there.
 constexpr bool fits_registers(int producer, int consumer) { return producer + 2 * consumer <= 3 * 168; }
 
+// What gathering dQ needs of shared memory.
+template <class Element, int kDs, int kDq, int kStages>
+struct GatherMemory {
+  alignas(1024) Element ds[kStages][kDs];
+  alignas(1024) float dq[kDq];
+};
+struct NoGatherMemory {};
+
 // Shared memory of a kernel's block.
-template <class Element, int D, int kKeys, int kQueries, int kKeyStages, int kQueryStages>
+template <class Element, int D, int kKeys, int kQueries, int kKeyStages, int kValueStages, int kQueryStages,
+          bool kGathers>
 struct alignas(1024) PipelinedShared {
   alignas(1024) Element k[kKeyStages][kKeys * D];
-  alignas(1024) Element v[kKeyStages][kKeys * D];
+  alignas(1024) Element v[kValueStages][kKeys * D];
   alignas(1024) Element q[kQueryStages][kQueries * D];
   alignas(1024) Element d_out[kQueryStages][kQueries * D];
-  alignas(1024) Element ds[kQueryStages][kQueries * kKeys];
-  Ring<kKeyStages> k_ring, v_ring;
+  using Gather = GatherMemory<Element, kQueries * kKeys, kQueries * D, kQueryStages>;
+  cute::conditional_t<kGathers, Gather, NoGatherMemory> gather;
+  Ring<kKeyStages> k_ring;
+  Ring<kValueStages> v_ring;
   Ring<kQueryStages> q_ring, d_out_ring;
+  Ring<kQueryStages> ds_ring;  // full: both warpgroups have written theirs; empty: both have read it
   Ring<2> work_ring;
   PipelinedWork work[2];
-  StepRecord steps[kQueryStages];
+  StepRecord steps[2 * kQueryStages];  // record_place says where
   ColumnSight sights[2][64];  // who sees each of a warpgroup's keys
+
+  __device__ void init_more(int consumers) { ds_ring.init(consumers, consumers); }
 };
 
 // D up to 128: 64 keys for each warpgroup, as in backward.h. Up to 64, 128 queries a step: half the shared memory's
-// traffic for each product. At 64 SiLU' is kept in 16 bits to make room in the registers.
+// traffic for each product. At 64 SiLU' is kept in fp16 to make room in the registers (it lies between -0.1 and 1.1; bf16
+// would lose eight times as much).
 template <class Element_, int D_, bool kCausal_, bool kGathers_>
 struct PipelinedShape {
   using Element = Element_;
-  static constexpr bool kGathers = kGathers_;  // dQ; else that is another kernel's work (backward_queries.h)
+  static constexpr bool kGathers = kGathers_;  // dQ (backward_gather.h); else that is another kernel's work
   static constexpr int kQueryBox = kGathers ? (D_ <= 64 ? 128 : 64) : kBoxRows, kKeyBox = kGathers ? 128 : kBoxRows;
   static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
   static constexpr bool kCausal = kCausal_, kPacked = D == 64;
-  static constexpr int kConsumers = 2, kQueryStages = 2, kKeyStages = 2;
+  static constexpr int kConsumers = 2, kKeyReaders = 2, kKeyStages = 2;
+  // Shared memory decides: 227 KiB.
+  static constexpr int kValueStages = D == 128 && kGathers ? 1 : 2, kQueryStages = D == 128 && !kGathers ? 3 : 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr bool kSplitColumns = kQueries == 64;
@@ -169,9 +201,11 @@ struct PipelinedShape {
       cute::Layout<cute::conditional_t<kSplitColumns, cute::Shape<cute::_1, cute::_2, cute::_1>,
                                        cute::Shape<cute::_2, cute::_1, cute::_1>>>{}));
 
-  using Shared = PipelinedShared<Element, D, kKeys, kQueries, kKeyStages, kQueryStages>;
+  using Shared = PipelinedShared<Element, D, kKeys, kQueries, kKeyStages, kValueStages, kQueryStages, kGathers>;
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
   static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
+
+  static __device__ int first_key(int warpgroup) { return 64 * warpgroup; }
 };
 
 // As backward_produce, and writes the step records.
@@ -182,9 +216,10 @@ __device__ inline void pipelined_produce(const BackwardParams& p, typename Shape
   constexpr uint32_t kKeyBytes = kTileBytes<Element, kKeys, D>, kQueryBytes = kTileBytes<Element, kQueries, D>;
   Place<2> work(1);
   Place<Shape::kKeyStages> keys(1);
+  Place<Shape::kValueStages> values(1);
   Place<Shape::kQueryStages> q(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
-  for (int w = add_atomically(p.common.counter, 1);; work.next(), keys.next()) {
+  for (int w = add_atomically(p.common.counter, 1);; work.next(), keys.next(), values.next()) {
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -200,23 +235,25 @@ __device__ inline void pipelined_produce(const BackwardParams& p, typename Shape
     shared.work[work.stage] = {tile, unit.head, count};
     shared.work_ring.full[work.stage].arrive();
 
-    const auto load_keys = [&](const CUtensorMap& map, auto& ring, auto& buffers) {
-      ring.empty[keys.stage].wait(keys.parity);
-      ring.full[keys.stage].arrive_and_expect_tx(kKeyBytes);
-      load_tile<Element, kKeys, D, Shape::kKeyBox>(map, ring.full[keys.stage], buffers[keys.stage], tile.key_start + tile.first,
-                                   unit.head);
+    const auto load_keys = [&](const CUtensorMap& map, auto& ring, auto& buffers, const auto& place) {
+      ring.empty[place.stage].wait(place.parity);
+      ring.full[place.stage].arrive_and_expect_tx(kKeyBytes);
+      load_tile<Element, kKeys, D, Shape::kKeyBox>(map, ring.full[place.stage], buffers[place.stage],
+                                                   tile.key_start + tile.first, unit.head);
     };
-    load_keys(p.k, shared.k_ring, shared.k);
+    load_keys(p.k, shared.k_ring, shared.k, keys);
     const ColumnBand band = mask.columns(tile.first, tile.first + kKeys);
     CUTE_NO_UNROLL
     for (int i = 0; i < count; ++i) {
       const int m = ranges.tile(i), row = tile.query_start + m * kQueries;
       shared.q_ring.empty[q.stage].wait(q.parity);
       shared.q_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
-      load_tile<Element, kQueries, D, Shape::kQueryBox>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row, unit.head);
-      shared.steps[q.stage] = step_record<Shape>(p, tile, mask, band, unit.head, m);  // while Q is under way
+      load_tile<Element, kQueries, D, Shape::kQueryBox>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row,
+                                                        unit.head);
+      shared.steps[record_place(q, true)] =
+          step_record<Shape>(p, tile, mask, band, unit.head, m);  // while Q is under way
       shared.q_ring.full[q.stage].arrive();
-      if (i == 0) load_keys(p.v, shared.v_ring, shared.v);  // after the first Q: S needs K and Q only
+      if (i == 0) load_keys(p.v, shared.v_ring, shared.v, values);  // after the first Q: S needs K and Q only
       shared.d_out_ring.empty[q.stage].wait(q.parity);
       shared.d_out_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
       load_tile<Element, kQueries, D, Shape::kQueryBox>(p.d_out, shared.d_out_ring.full[q.stage],
@@ -225,13 +262,13 @@ __device__ inline void pipelined_produce(const BackwardParams& p, typename Shape
     }
     // A tile that nothing sees has no V: the barrier completes without one, so that phases keep step with K's.
     if (count == 0) {
-      shared.v_ring.empty[keys.stage].wait(keys.parity);
-      shared.v_ring.full[keys.stage].arrive();
+      shared.v_ring.empty[values.stage].wait(values.parity);
+      shared.v_ring.full[values.stage].arrive();
     }
   }
 }
 
-// What the consumers of this file and of backward_wide.h share: the loop over units of work.
+// What all consumers share: the loop over units of work.
 template <class Shape, class Self>
 struct PipelinedLoop {
   using Element = typename Shape::Element;
@@ -245,35 +282,35 @@ struct PipelinedLoop {
   const int thread = settled(threadIdx.x % 128);
   Place<2> work{0};
   Place<Shape::kKeyStages> keys{0};
+  Place<Shape::kValueStages> values{0};
   Place<Shape::kQueryStages> q{0};
 
   __device__ PipelinedLoop(const BackwardParams& params, Shared& memory, int group)
       : p(params), shared(memory), warpgroup(group) {}
 
   __device__ void run() {
-    for (;; work.next(), keys.next()) {
+    for (;; work.next(), keys.next(), values.next()) {
       shared.work_ring.full[work.stage].wait(work.parity);
       const int count = shared.work[work.stage].steps;
-      if (shared.work[work.stage].tile.sequence < 0) return;
-      write_sights(shared.work[work.stage].tile);
-      shared.k_ring.full[keys.stage].wait(keys.parity);
+      if (shared.work[work.stage].tile.sequence < 0) break;
       static_cast<Self*>(this)->one_tile(count);
       release(shared.work_ring.empty[work.stage]);
     }
+    if (Shape::kGathers && lane.lane == 0) wait_for_bulk_sums();
   }
 
- private:
+ protected:
   // Who sees each of this warpgroup's keys.
-  __device__ void write_sights(const TileRecord& tile) {
+  __device__ void write_sights() {
+    const TileRecord& tile = shared.work[work.stage].tile;
     sync_threads(kTurnTaken + warpgroup, 128);  // all have read the last tile's
     if (thread < 64) {
       const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-      shared.sights[warpgroup][thread] = mask.column(tile.first + (kKeys == 128 ? 64 * warpgroup : 0) + thread);
+      shared.sights[warpgroup][thread] = mask.column(tile.first + Shape::first_key(warpgroup) + thread);
     }
     sync_threads(kTurnTaken + warpgroup, 128);
   }
 
- protected:
   template <class Mma>
   __device__ auto slice(Mma const& mma) const {
     return mma.get_slice(cute::make_layout(cute::_2{}, cute::_128{})(warpgroup));
@@ -288,8 +325,9 @@ struct PipelinedLoop {
                              TransposedLayout<Element, kQueries, D, Shape::kQueryStages>{});
   }
 
-  __device__ auto staged_keys(Element* data) const {
-    return cute::make_tensor(cute::make_smem_ptr(data), TileLayout<Element, kKeys, D, Shape::kKeyStages>{});
+  template <int kStages>
+  __device__ auto staged_keys(Element (&data)[kStages][kKeys * D]) const {
+    return cute::make_tensor(cute::make_smem_ptr(data[0]), TileLayout<Element, kKeys, D, kStages>{});
   }
 
   __device__ auto staged_keys_transposed(Element* data) const {
@@ -304,116 +342,26 @@ struct PipelinedLoop {
     return cute::make_tensor(cute::make_smem_ptr(data), cute::tile_to_shape(Atom{}, Extents{}, Order{}));
   }
 
+  __device__ const StepRecord& record(const Place<Shape::kQueryStages>& at) const {
+    return shared.steps[record_place(at, false)];
+  }
+
   // Adds dQ of the step's query tile to its sum.
   template <class Dq>
   __device__ void gather(const Dq& dq, const StepRecord& step) const {
+    constexpr int kWarp = kQueries * D / 8;
     const int64_t place = 2 * step.place + warpgroup;
-    add_dq(dq, p.dq_sum + place * (kQueries * D / 2), p.turns == nullptr ? nullptr : p.turns + place, step.rank,
-           warpgroup, thread);
+    add_dq_in_bulk(dq, shared.gather.dq + (4 * warpgroup + lane.warp) * kWarp,
+                   p.dq_sum + (4 * place + lane.warp) * kWarp, p.turns == nullptr ? nullptr : p.turns + place, step.rank, warpgroup, thread);
   }
 
-  // dK and dV: rows of 64 keys, columns from `column` on.
+  // dK or dV: rows of the warpgroup's 64 keys, times the scale of the weights and `factor`.
   template <class Acc>
-  __device__ void store(const Acc& dk, const Acc& dv, int column) const {
+  __device__ void store(const Acc& acc, float factor, const Output& out) const {
     const auto& [tile, head, steps] = shared.work[work.stage];
     const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
-    const int first = tile.first + (kKeys == 128 ? 64 * warpgroup : 0);
-    const int64_t row = int64_t{tile.key_start} + first;
-    store_rows<Element>(dk, 2.f * p.common.half_alpha * scale, p.dk, row, head, column, tile.keys - first);
-    store_rows<Element>(dv, scale, p.dv, row, head, column, tile.keys - first);
-  }
-};
-
-template <class Shape>
-struct PipelinedConsumer : PipelinedLoop<Shape, PipelinedConsumer<Shape>> {
-  using Base = PipelinedLoop<Shape, PipelinedConsumer<Shape>>;
-  using Base::Base, Base::p, Base::shared, Base::warpgroup, Base::lane, Base::keys, Base::q;
-  using typename Base::Element;
-  static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
-
-  __device__ void one_tile(int count) {
-    using namespace cute;
-    typename Shape::ScoreMma score_mma;
-    typename Shape::OutMma out_mma;
-    typename Shape::DqMma dq_mma;
-    const auto score_slice = this->slice(score_mma);
-    const auto out_slice = this->slice(out_mma);
-    const auto dq_slice = this->slice(dq_mma);
-    const auto k_tile = operand_a(score_slice, this->staged_keys(shared.k[0]));
-    const auto v_tile = operand_a(score_slice, this->staged_keys(shared.v[0]));
-    const auto q_tile = operand_b(score_slice, this->staged_queries(shared.q[0]));
-    const auto d_out_tile = operand_b(score_slice, this->staged_queries(shared.d_out[0]));
-    const auto q_columns = operand_b(out_slice, this->staged_queries_transposed(shared.q[0]));
-    const auto d_out_columns = operand_b(out_slice, this->staged_queries_transposed(shared.d_out[0]));
-    const auto k_columns = operand_b(dq_slice, this->staged_keys_transposed(shared.k[0]));
-    const auto ds_rows = operand_a(dq_slice, this->staged_scores(shared.ds[0]));
-
-    Tensor dk = partition_fragment_C(out_mma, Extent<kKeys, D>{});
-    Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
-    Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
-    clear(dk);
-    clear(dv);
-    bool masked = false;  // what the scores' record says
-    const auto issue_scores = [&](const Place<Shape::kQueryStages>& at) {
-      shared.q_ring.full[at.stage].wait(at.parity);
-      masked = shared.steps[at.stage].masked;
-      issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
-    };
-    // One step, whose scores are there; those of the next are issued if there is one.
-    const auto step = [&](auto has_next) {
-      constexpr bool kNext = decltype(has_next)::value;
-      const StepRecord& record = shared.steps[q.stage];
-      Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
-      shared.d_out_ring.full[q.stage].wait(q.parity);
-      issue_product<true>(score_mma, v_tile(_, _, _, keys.stage), d_out_tile(_, _, _, q.stage), d_weights);
-
-      auto weights = make_operand<Element, kQueries>();
-      Derivatives<Element, kQueries / 2, Shape::kPacked> derivatives;
-      weigh<Shape>(scores, weights, derivatives, p.common.half_alpha, masked, record, shared.sights[warpgroup], lane,
-                   lane.column());
-      issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
-      wait_for<1>(d_weights);
-      auto ds = make_operand<Element, kQueries>();
-      differentiate<Element>(derivatives, d_weights, ds);
-      Place<Shape::kQueryStages> next = q;
-      next.next();
-      if constexpr (Shape::kGathers) {
-        // One buffer for each stage of Q: the other warpgroup's dQ of two tiles ago was complete before it came to the
-        // barrier of the last tile, which this one has passed too.
-        write_scores<kKeys, kQueries>(ds, shared.ds[q.stage], 64 * warpgroup, 0, lane);
-        sync_threads(kDsWritten, 256);
-        Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
-        issue_product<true>(dq_mma, ds_rows(_, _, _, q.stage), k_columns(_, _, _, keys.stage), dq);
-        issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
-        wait_for<2>(dv);
-        release(shared.d_out_ring.empty[q.stage]);
-        wait_for<1>(dq);
-        this->gather(dq, record);
-        if constexpr (kNext) issue_scores(next);  // into dQ's registers; there are no others
-      } else {
-        issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
-        if constexpr (kNext) issue_scores(next);
-        wait_for<kNext + 1>(dv);
-        release(shared.d_out_ring.empty[q.stage]);
-      }
-      wait_for<kNext>(dk);
-      release(shared.q_ring.empty[q.stage]);
-      if constexpr (kNext) wait_for<0>(scores);
-      q = next;
-    };
-    if (count == 0) {
-      shared.v_ring.full[keys.stage].wait(keys.parity);
-    } else {
-      issue_scores(q);
-      shared.v_ring.full[keys.stage].wait(keys.parity);
-      wait_for<0>(scores);
-      CUTE_NO_UNROLL
-      for (; count > 1; --count) step(true_type{});
-      step(false_type{});
-    }
-    release(shared.k_ring.empty[keys.stage]);
-    release(shared.v_ring.empty[keys.stage]);
-    this->store(dk, dv, 0);
+    const int first = tile.first + Shape::first_key(warpgroup);
+    store_rows<Element>(acc, factor * scale, out, int64_t{tile.key_start} + first, head, 0, tile.keys - first);
   }
 };
 
@@ -424,11 +372,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
     constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;
-    shared.k_ring.init(kArrivals);
-    shared.v_ring.init(kArrivals);
+    shared.k_ring.init(Shape::kKeyReaders * kArrivalsPerWarpgroup);
+    shared.v_ring.init(Shape::kKeyReaders * kArrivalsPerWarpgroup);
     shared.q_ring.init(kArrivals, 2);  // Q and the step's record
     shared.d_out_ring.init(kArrivals);
     shared.work_ring.init(kArrivals);
+    shared.init_more(kArrivals);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
   }

@@ -1,8 +1,10 @@
 // Which kernels serve the backward pass without a bias.
 #pragma once
 
+#include "attention/backward_gather.h"
+#include "attention/backward_keys.h"
 #include "attention/backward_queries.h"
-#include "attention/backward_wide.h"
+#include "attention/backward_relay.h"
 #include "attention/dq.h"
 
 namespace genrec::attention {
@@ -12,10 +14,12 @@ namespace genrec::attention {
 template <class Element, int D, bool kCausal, bool kGathers_>
 struct PlainBackward {
   static constexpr bool kGathers = kGathers_;
-  using Keys = cute::conditional_t<D == 256, WideShape<Element, kCausal, kGathers>,
+  using Keys = cute::conditional_t<D == 256, RelayShape<Element, kCausal>,
                                    PipelinedShape<Element, D <= 128 ? D : 128, kCausal, kGathers>>;
-  using Consumer = cute::conditional_t<D == 256, WideConsumer<Keys>, PipelinedConsumer<Keys>>;
+  using Consumer = cute::conditional_t<
+      D == 256, RelayConsumer<Keys>, cute::conditional_t<kGathers, GatherConsumer<Keys>, KeysConsumer<Keys>>>;
   using Queries = QueryShape<Element, D, kCausal>;
+  static_assert(kGathers || Keys::kKeyBox == kBoxRows, "the two passes read keys by the same boxes");
 };
 
 }  // namespace genrec::attention

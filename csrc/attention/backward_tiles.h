@@ -27,6 +27,33 @@ __device__ inline void add_dq(const Dq& dq, float* sum, int* turn, int rank, int
   }
 }
 
+// The same by the copy engine: each warp's numbers lie side by side, and one of its threads starts the addition.
+// `buffer`, `sum`: the warp's place in shared memory, and in the sums.
+template <class Dq>
+__device__ inline void add_dq_in_bulk(const Dq& dq, float* buffer, float* sum, int* turn, int rank, int warpgroup,
+                                      int thread) {
+  constexpr int kSize = decltype(cute::size(dq))::value;
+  const int lane = thread % 32;
+  if (lane == 0) wait_for_bulk_reads();  // of the last addition, long ago
+  sync_warp();
+  CUTE_UNROLL
+  for (int e = 0; e < kSize; e += 4)
+    reinterpret_cast<float4*>(buffer)[e / 4 * 32 + lane] = make_float4(dq(e), dq(e + 1), dq(e + 2), dq(e + 3));
+  fence_shared_writes();
+  sync_warp();
+  if (turn != nullptr) {
+    if (thread == 0) await_turn(turn, rank);
+    sync_threads(kTurnTaken + warpgroup, 128);
+  }
+  if (lane == 0) add_in_bulk(sum, buffer, 32 * kSize * sizeof(float));
+  if (turn != nullptr) {
+    if (lane == 0) wait_for_bulk_sums();
+    fence_global();
+    sync_threads(kTurnTaken + warpgroup, 128);
+    if (thread == 0) pass_turn(turn);
+  }
+}
+
 // P^T or dS^T of 64 keys from `key` on and kQueries queries from `query` on, from registers to a (queries, kKeys)
 // matrix, queries contiguous, for the tensor cores to read.
 template <int kKeys, int kQueries, class Element, class Operand>

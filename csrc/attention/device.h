@@ -140,6 +140,19 @@ __device__ inline void add_to_global(float* where, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(where), "f"(value) : "memory");
 }
 
+// Adds `bytes` bytes of fp32 numbers in shared memory to as many at `where`, by the copy engine; returns at once. Both
+// addresses and the size are multiples of 16; the numbers were made visible by fence_shared_writes.
+__device__ inline void add_in_bulk(float* where, const float* numbers, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+               "cp.async.bulk.commit_group;" ::"l"(where),
+               "r"(cute::cast_smem_ptr_to_uint(numbers)), "r"(bytes)
+               : "memory");
+}
+
+// Until the numbers of all this thread's additions in bulk have been read, and until they have been added.
+__device__ inline void wait_for_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void wait_for_bulk_sums() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 __device__ inline void await_turn(const int* turn, int mine) {
   int taken;
   do {

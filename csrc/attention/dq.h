@@ -5,7 +5,8 @@
 
 namespace genrec::attention {
 
-template <class Shape>
+// kByWarps: the sums' order is that of add_dq_in_bulk.
+template <class Shape, bool kByWarps = false>
 __global__ void __launch_bounds__(256) convert_dq_kernel(const ConvertParams p) {
   constexpr int kQueries = Shape::kQueries, kSize = kQueries * Shape::D / 256;
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, heads = p.common.heads;
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(256) convert_dq_kernel(const ConvertParams p) 
     auto dq = cute::make_tensor<float>(cute::Layout<cute::Int<kSize>>{});
     CUTE_UNROLL
     for (int e = 0; e < kSize; e += 4) {
-      const float4 four = sum[e / 4 * 128 + thread];
+      const float4 four = sum[kByWarps ? (thread / 32 * (kSize / 4) + e / 4) * 32 + thread % 32 : e / 4 * 128 + thread];
       dq(e) = four.x, dq(e + 1) = four.y, dq(e + 2) = four.z, dq(e + 3) = four.w;
     }
     const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;

@@ -19,9 +19,9 @@ cudaError_t sum_tables(const SumParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class Shape>
+template <class Shape, bool kByWarps>
 cudaError_t convert_dq(const ConvertParams& params, int blocks, cudaStream_t stream) {
-  convert_dq_kernel<Shape><<<blocks, 256, 0, stream>>>(params);
+  convert_dq_kernel<Shape, kByWarps><<<blocks, 256, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -39,7 +39,7 @@ BackwardInstance plain_backward_instance(const char* dtype) {
   BackwardInstance one{};
   one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = Bias::kNone;
   one.lengths = D != 128 ? SequenceLengths::kAll : kGathered ? SequenceLengths::kLong : SequenceLengths::kShort;
-  one.blocks = {Keys::kQueries, Keys::kKeys, 1, 0};
+  one.blocks = {Keys::kQueries, Keys::kKeys, 1, 0, Keys::kQueryBox, Keys::kKeyBox};
   one.launch = [](const BackwardParams& params, const BiasParams&, int pass, int blocks, cudaStream_t stream) {
     if constexpr (!Kernels::kGathers) {
       using Queries = typename Kernels::Queries;
@@ -48,7 +48,7 @@ BackwardInstance plain_backward_instance(const char* dtype) {
     return launch_plain<Keys>(pipelined_backward_kernel<Keys, typename Kernels::Consumer>, params, blocks, stream);
   };
   if constexpr (Kernels::kGathers) {
-    one.convert = convert_dq<Keys>;
+    one.convert = convert_dq<Keys, true>;
   } else {
     one.blocks.passes = 2, one.blocks.dq_rows = Kernels::Queries::kQueries;
   }
@@ -64,12 +64,13 @@ BackwardInstance biased_backward_instance(const char* dtype) {
   static_assert(First::kKeys == Second::kKeys && First::kQueries == Second::kQueries, "passes differ in their tiles");
   BackwardInstance one{};
   one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = kBias;
-  one.blocks = {First::kQueries, First::kKeys, kTwice ? 2 : 1, First::kSumsTables ? First::Teams::kCopies : 0};
+  one.blocks = {First::kQueries, First::kKeys, kTwice ? 2 : 1, First::kSumsTables ? First::Teams::kCopies : 0,
+                First::kQueries, First::kKeys};
   one.launch = [](const BackwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
     return pass == 0 ? launch_backward<First>(params, bias, blocks, stream)
                      : launch_backward<Second>(params, bias, blocks, stream);
   };
-  one.convert = convert_dq<First>;
+  one.convert = convert_dq<First, false>;
   if constexpr (First::kSumsTables) one.sum_tables = sum_tables<kSumThreads>;
   return one;
 }

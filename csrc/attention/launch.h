@@ -13,8 +13,8 @@ struct ForwardBlocks {
 struct BackwardBlocks {
   int queries, keys, passes;
   int tables;  // copies of the tables' gradients that each block sums
-  // Rows of the tiles of a last pass that gives dQ, all of whose boxes have kBoxRows rows; 0: dQ is gathered in sums.
-  int dq_rows = 0;
+  int query_box, key_box;  // rows of the copy engine's boxes
+  int dq_rows = 0;  // rows of the tiles of a last pass that gives dQ, by boxes of kBoxRows; 0: dQ is gathered in sums
 
   bool gathers() const { return dq_rows == 0; }
   int listed_queries() const { return gathers() ? queries : dq_rows; }

@@ -27,7 +27,7 @@ bool plain_backward(const Problem& problem) {
   if constexpr (Kernels::kGathers) {
     const List queries(problem.batch(), ListKind::kQueries, Keys::kQueries);
     const ConvertParams convert{problem.common(nullptr), queries.list(), sums.data(), dq.output()};
-    ran = emulator::launch(2, 256, 0, [&] { convert_dq_kernel<Keys>(convert); }) && ran;
+    ran = emulator::launch(2, 256, 0, [&] { convert_dq_kernel<Keys, true>(convert); }) && ran;
   } else {
     using Queries = typename Kernels::Queries;
     const List queries(problem.batch(), ListKind::kQueries, Queries::kQueries);

@@ -64,6 +64,7 @@ struct Fiber {
   bool done = false;
   std::function<void()> body;
   std::deque<std::function<void()>> products;  // issued, not waited for
+  int additions = 0;                           // in bulk, under way
 };
 
 // A tensor that the copy engine reads; a CUtensorMap's first word is its number.
@@ -405,6 +406,20 @@ void add_to_global(float* where, float a, float b, float c, float d) {
 }
 
 inline void add_to_global(float* where, float value) { *where += value; }
+
+inline void add_in_bulk(float* where, const float* numbers, int bytes) {
+  emulator::Fiber* fiber = emulator::running;
+  ++fiber->additions;
+  emulator::copies.push_back([=] {
+    for (int i = 0; i < bytes / 4; ++i) where[i] += numbers[i];
+    --fiber->additions;
+  });
+}
+
+inline void wait_for_bulk_sums() {
+  emulator::wait_until([fiber = emulator::running] { return fiber->additions == 0; });
+}
+inline void wait_for_bulk_reads() { wait_for_bulk_sums(); }
 
 inline void await_turn(const int* turn, int mine) {
   emulator::wait_until([=] { return *turn == mine; });

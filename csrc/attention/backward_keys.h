@@ -1,0 +1,87 @@
+// The backward kernel without a bias for D = 128 that gives dK and dV; dQ is the next pass's (backward_queries.h).
+//
+// A warpgroup has 64 of the tile's 128 keys, and nothing to do with the other one's.
+#pragma once
+
+#include "attention/backward_pipelined.h"
+
+namespace genrec::attention {
+
+template <class Shape>
+struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape>> {
+  using Base = PipelinedLoop<Shape, KeysConsumer<Shape>>;
+  using Base::Base, Base::p, Base::shared, Base::warpgroup, Base::lane, Base::keys, Base::values, Base::q;
+  using typename Base::Element;
+  static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
+
+  __device__ void one_tile(int count) {
+    using namespace cute;
+    typename Shape::ScoreMma score_mma;
+    typename Shape::OutMma out_mma;
+    const auto score_slice = this->slice(score_mma);
+    const auto out_slice = this->slice(out_mma);
+    const auto k_tile = operand_a(score_slice, this->staged_keys(shared.k));
+    const auto v_tile = operand_a(score_slice, this->staged_keys(shared.v));
+    const auto q_tile = operand_b(score_slice, this->staged_queries(shared.q[0]));
+    const auto d_out_tile = operand_b(score_slice, this->staged_queries(shared.d_out[0]));
+    const auto q_columns = operand_b(out_slice, this->staged_queries_transposed(shared.q[0]));
+    const auto d_out_columns = operand_b(out_slice, this->staged_queries_transposed(shared.d_out[0]));
+
+    Tensor dk = partition_fragment_C(out_mma, Extent<kKeys, D>{});
+    Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
+    Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+    clear(dk);
+    clear(dv);
+    bool masked = false;  // what the scores' record says
+    const auto issue_scores = [&](const Place<Shape::kQueryStages>& at) {
+      shared.q_ring.full[at.stage].wait(at.parity);
+      masked = this->record(at).masked;
+      issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
+    };
+    // One step, whose scores are there; those of the next are issued if there is one.
+    const auto step = [&](auto has_next) {
+      constexpr bool kNext = decltype(has_next)::value;
+      Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+      shared.d_out_ring.full[q.stage].wait(q.parity);
+      issue_product<true>(score_mma, v_tile(_, _, _, values.stage), d_out_tile(_, _, _, q.stage), d_weights);
+
+      auto weights = make_operand<Element, kQueries>();
+      OperandPairs<Element, decltype(weights)> rounded{weights};
+      ScorePairs<Element, kQueries / 2, false> derivatives;
+      weigh<Shape>(scores, rounded, derivatives, p.common.half_alpha, masked, this->record(q), shared.sights[warpgroup],
+                   lane, lane.column());
+      issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
+      wait_for<1>(d_weights);
+      auto ds = make_operand<Element, kQueries>();
+      differentiate<Element>(derivatives, d_weights, ds);
+      Place<Shape::kQueryStages> next = q;
+      next.next();
+      issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
+      if constexpr (kNext) issue_scores(next);
+      wait_for<kNext + 1>(dv);
+      release(shared.d_out_ring.empty[q.stage]);
+      wait_for<kNext>(dk);
+      release(shared.q_ring.empty[q.stage]);
+      if constexpr (kNext) wait_for<0>(scores);
+      q = next;
+    };
+    this->write_sights();
+    shared.k_ring.full[keys.stage].wait(keys.parity);
+    if (count == 0) {
+      shared.v_ring.full[values.stage].wait(values.parity);
+    } else {
+      issue_scores(q);
+      shared.v_ring.full[values.stage].wait(values.parity);
+      wait_for<0>(scores);
+      CUTE_NO_UNROLL
+      for (; count > 1; --count) step(true_type{});
+      step(false_type{});
+    }
+    release(shared.k_ring.empty[keys.stage]);
+    release(shared.v_ring.empty[values.stage]);
+    this->store(dk, 2.f * p.common.half_alpha, p.dk);
+    this->store(dv, 1.f, p.dv);
+  }
+};
+
+}  // namespace genrec::attention
