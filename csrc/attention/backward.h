@@ -63,6 +63,8 @@ struct BackwardShape {
   static constexpr bool kSumsTables = kRelative && kGivesKeys;
   static constexpr int kGradientWarps = !kSumsTables ? 0 : D >= 128 ? 2 : 4;
   static constexpr bool kSplitTables = D == 256;
+  // How diagonals are summed. Measured, as a whole with other changes: additions win from D = 128 on and lose at 64.
+  static constexpr bool kSumsByProducts = D <= 64;
   using Teams = GradientTeams<kGradientWarps, kSplitTables>;
   using Gradient = cute::conditional_t<
       kSumsTables, GradientMemory<larger(Teams::kCopies, 1), Teams::kBlocks, larger(kScoreBuffers, 1)>, NoBiasMemory>;
@@ -74,6 +76,9 @@ struct BackwardShape {
   static constexpr int kGradientRegisters = 56;
   static constexpr int kProducerRegisters = kRelative ? 40 : 24;
   static constexpr int kConsumerRegisters = !kRelative ? 240 : kOwnWarpgroup ? 208 : 232;
+  // Whether the bias of a step is there before its scores' products, which are added to it: it is read beside the
+  // products of the step before. At D = 256 the pass for dK and dQ has no registers for that; that for dV lost by it.
+  static constexpr bool kBiasFirst = kRelative && kPart == Part::kAll;
   // Warps that prepare tiles, by turns.
   static constexpr int kPreparers = !kRelative ? 0 : kOwnWarpgroup || !kSumsTables ? 2 : 1;
   static_assert(1 + kPreparers + (kOwnWarpgroup ? 0 : kGradientWarps) <= 4, "more roles than warps");
@@ -194,7 +199,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
   }
-  if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias);
+  if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias, bias_factor<Shape>(p.common.half_alpha));
   sync_block(Shape::kThreads);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {

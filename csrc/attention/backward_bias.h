@@ -4,9 +4,22 @@
 // little else. So they keep nothing of their tile of keys but where its record lies; what a step needs comes with its bias.
 #pragma once
 
+#include "attention/backward_pipelined.h"
 #include "attention/bias_gradient.h"
 
 namespace genrec::attention {
+
+// Where the bias comes first, the sum of it and products is multiplied with alpha / 2, so that it is divided by alpha. An alpha
+// next to zero (or zero) is replaced by one that the product of drowns in the bias's rounding.
+__device__ inline float score_factor(float half_alpha) {
+  constexpr float kLeast = 8.67e-19f;  // 2^-60
+  return fabsf(half_alpha) < kLeast ? kLeast : half_alpha;
+}
+
+template <class Shape>
+__device__ inline float bias_factor(float half_alpha) {
+  return Shape::kBiasFirst ? 0.5f / score_factor(half_alpha) : 0.5f;
+}
 
 // Whether warps sum the gradients of the tables.
 template <class Shape>
@@ -37,7 +50,8 @@ struct BiasPreparer {
           mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries);
       const int count = ranges.count();
       if (next < count) {
-        BiasWriter<false, Shape::kKeys, Shape::kQueries> writer(p.bias, shared.bias.buckets, tile);
+        BiasWriter<false, Shape::kKeys, Shape::kQueries> writer(p.bias, shared.bias.buckets, tile,
+                                                                      bias_factor<Shape>(p.common.half_alpha));
         const ColumnBand band = mask.columns(tile.first, tile.first + Shape::kKeys);
         CUTE_NO_UNROLL
         for (; next < count; next += Shape::kPreparers) {
@@ -72,10 +86,6 @@ struct BiasPreparer {
   }
 };
 
-__device__ inline ColumnSight moved(const ColumnSight& s, int by) {
-  return {s.hide0 - by, s.show0 - by, s.hide1 - by, s.show1 - by, s.end - by};
-}
-
 // Calls hide(e) for a thread's elements that may not see its two keys. Queries are counted from its first column.
 template <bool kCausal, int kSize, class Hide>
 __device__ inline void hide_unseen(const ColumnSight& low, const ColumnSight& high, Hide hide) {
@@ -88,13 +98,20 @@ __device__ inline void hide_unseen(const ColumnSight& low, const ColumnSight& hi
   }
 }
 
-// KeyTile for consumers with a relative bias: everything is in shared memory.
+// What consumers keep of a step: its query tile, and whether some pairs are hidden.
+struct StepWord {
+  int word;
+
+  __device__ int m() const { return word >> 1; }
+  __device__ bool masked() const { return word & 1; }
+};
+
+// KeyTile for consumers with a relative bias: the record of it is in shared memory.
 template <class Shape>
 struct BiasedKeyTile {
   const TileRecord& tile;
-  const BiasStep (&all_steps)[Shape::kBiasStages];
-  const Place<Shape::kBiasStages>& place;
   const MaskRule& rule;
+  const float& half_alpha;
   const int warpgroup;
   const Lane lane;
 
@@ -107,11 +124,21 @@ struct BiasedKeyTile {
   }
 
   template <int kSize, class Hide>
-  __device__ void apply(int m, int column, Hide hide) const {
-    if (!all_steps[place.stage].masked) return;
-    const int key = tile.first + 64 * warpgroup + lane.row(), by = first_row(m) + column;
-    const SequenceMask<Shape::kCausal> sights = mask();
-    hide_unseen<Shape::kCausal, kSize>(moved(sights.column(key), by), moved(sights.column(key + 8), by), hide);
+  __device__ void apply(StepWord step, int column, Hide hide) const {
+    if (!step.masked()) return;
+    hide_unseen<Shape::kCausal, kSize>(sight(step.m(), column, 0), sight(step.m(), column, 8), hide);
+  }
+
+  // Sums of products and bias to weights and derivatives (backward_pipelined.h).
+  template <class Scores, class Weights, class Slopes>
+  __device__ void weigh(const Scores& scores, Weights& weights, Slopes& derivatives, StepWord step, int column) const {
+    const float factor = score_factor(half_alpha);
+    if (!step.masked()) {
+      weigh_pairs<Shape, false>(scores, weights, derivatives, factor, {}, {});
+    } else {
+      weigh_pairs<Shape, true>(scores, weights, derivatives, factor, sight(step.m(), column, 0),
+                               sight(step.m(), column, 8));
+    }
   }
 
   __device__ int rank(int m) const {
@@ -120,6 +147,12 @@ struct BiasedKeyTile {
   }
 
  private:
+  // Who sees the thread's key so far below its first, counted from query `column` of the tile.
+  __device__ ColumnSight sight(int m, int column, int down) const {
+    const int key = tile.first + 64 * warpgroup + lane.row() + down;
+    return moved(mask().column(key), first_row(m) + column);
+  }
+
   __device__ int first_row(int m) const { return m * Shape::kQueries + tile.keys - tile.queries; }
 };
 

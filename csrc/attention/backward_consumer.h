@@ -2,7 +2,6 @@
 #pragma once
 
 #include "attention/backward_bias.h"
-#include "attention/backward_tiles.h"
 
 namespace genrec::attention {
 
@@ -28,10 +27,10 @@ struct KeyTile {
 
   __device__ int steps() const { return ranges.count(); }
 
-  // Calls hide(e) for each of the thread's elements of query tile `m` that nobody may see.
+  // Calls hide(e) for each of the thread's elements of the step's query tile that nobody may see.
   template <int kSize, class Hide>
-  __device__ void apply(int m, int column, Hide hide) const {
-    const int i0 = m * Shape::kQueries + shift;
+  __device__ void apply(StepWord step, int column, Hide hide) const {
+    const int i0 = step.m() * Shape::kQueries + shift;
     if (band.all_seen(i0, i0 + Shape::kQueries)) return;
     const int first = i0 + column;
     hide_unseen<Shape::kCausal, kSize>(moved(low, first), moved(high, first), hide);
@@ -76,7 +75,7 @@ struct BackwardConsumer {
         const TileTimes<false> all(p.bias, tile);
         for (int half = 0; half < 2 && p.bias.time != nullptr; ++half)
           times[half] = all.fixed(tile.first + 64 * warpgroup + lane.row() + 8 * half);
-        go_over(Keys{tile, shared.steps, bias, p.common.rule, warpgroup, lane}, shared.work[work.stage].head);
+        go_over(Keys{tile, p.common.rule, p.common.half_alpha, warpgroup, lane}, shared.work[work.stage].head);
         release(shared.work_ring.empty[work.stage]);
       } else {
         const TileRecord tile = shared.work[work.stage].tile;
@@ -128,35 +127,46 @@ struct BackwardConsumer {
     store_rows<Element>(acc, factor, out, int64_t{tile.key_start} + first, head, 0, tile.keys - first);
   }
 
-  // The query tile of step i. With a relative bias what is known of a step comes with its bias.
-  __device__ int query_tile(const Keys& key_tile, int i) const {
-    if constexpr (Shape::kRelative) {
-      shared.bias.ring.full[bias.stage].wait(bias.parity);
-      return shared.steps[bias.stage].m;
-    } else {
-      return key_tile.ranges.tile(i);
-    }
-  }
-
-  __device__ void release_bias() {
-    if constexpr (Shape::kRelative) {
-      release(shared.bias.ring.empty[bias.stage]);
-      bias.next();
-    }
-  }
-
-  // Scores of query tile m to h = (alpha score + bias) / 2.
+  // Scores of step i to h = (alpha score + bias) / 2, or to bias / alpha, which products will be added to. Returns what is
+  // known of the step: with a relative bias it comes with that.
   template <class Scores>
-  __device__ void add_bias(Scores& scores, const Keys& key_tile, int m, int head) {
+  __device__ StepWord add_bias(Scores& scores, const Keys& key_tile, int i, int head) {
     const TileRecord& tile = key_tile.tile;
     const int row = 64 * warpgroup + lane.row();
     if constexpr (Shape::kRelative) {
-      add_relative_bias(scores, p.common.half_alpha, shared.bias.tiles[bias.stage], shared.bias.buckets, row,
-                        lane.column(), times[0], times[1],
-                        [&](int column) { return TileTimes<false>(p.bias, tile).streamed(m * kQueries + column); });
+      shared.bias.ring.full[bias.stage].wait(bias.parity);
+      const StepWord step{2 * shared.steps[bias.stage].m + shared.steps[bias.stage].masked};
+      add_relative_bias<Shape::kBiasFirst>(
+          scores, p.common.half_alpha, shared.bias.tiles[bias.stage], shared.bias.buckets, row, lane.column(), times[0], times[1],
+          [&](int column) { return TileTimes<false>(p.bias, tile).streamed(step.m() * kQueries + column); });
+      release(shared.bias.ring.empty[bias.stage]);
+      bias.next();
+      return step;
     } else {
+      const int m = key_tile.ranges.tile(i);
       add_dense_bias<false>(scores, p.common.half_alpha, p.bias, tile.sequence, head, m * kQueries + lane.column(),
                             tile.first + row, tile.queries, tile.keys);
+      return {2 * m};
+    }
+  }
+
+  // The bias of step i, where there is one, to `next`, which products will be added to from the next step on.
+  template <class Scores>
+  __device__ void prepare(Scores& next, StepWord& step, const Keys& key_tile, int i, int count, int head) {
+    if constexpr (Shape::kBiasFirst) {
+      if (i < count) {
+        step = add_bias(next, key_tile, i, head);
+      } else {
+        cute::clear(next);  // or the old ones would be kept in registers from their last use on
+      }
+    }
+  }
+
+  template <class Scores>
+  __device__ void start_from(Scores& scores, const Scores& next) const {
+    if constexpr (Shape::kBiasFirst) {
+      CUTE_UNROLL
+      for (int e = 0; e < kScores; ++e) scores(e) = copied(next(e));
     }
   }
 
@@ -174,12 +184,10 @@ struct BackwardConsumer {
     clear(dv);
     auto weights = make_operand<Element, kQueries>();
     const auto to_weights = [&](auto& scores, int i) {
-      const int m = query_tile(key_tile, i);
-      add_bias(scores, key_tile, m, head);
+      const StepWord step = add_bias(scores, key_tile, i, head);
       CUTE_UNROLL
       for (int e = 0; e < kScores; ++e) scores(e) = silu_of_half(scores(e));
-      key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
-      release_bias();
+      key_tile.template apply<kScores>(step, lane.column(), [&](int e) { scores(e) = 0.f; });
     };
     const auto start_scores = [&](auto& scores) {
       shared.q_ring.full[q.stage].wait(q.parity);
@@ -252,23 +260,31 @@ struct BackwardConsumer {
     clear(dk);
     clear(dv);
     const int count = key_tile.steps();
+    Tensor next = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+    StepWord step{};
+    if (count > 0) prepare(next, step, key_tile, 0, count, head);
     shared.v_ring.full[0].wait(keys.parity);
     CUTE_NO_UNROLL
     for (int i = 0; i < count; ++i, q.next()) {
-      int m;
-      if constexpr (!Shape::kRelative) m = query_tile(key_tile, i);
       Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+      start_from(scores, next);
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       shared.q_ring.full[q.stage].wait(q.parity);
-      issue_product<true>(score_mma, k_tile(_, _, _, 0), q_tile(_, _, _, q.stage), scores);
+      issue_product<!Shape::kBiasFirst>(score_mma, k_tile(_, _, _, 0), q_tile(_, _, _, q.stage), scores);
       shared.d_out_ring.full[q.stage].wait(q.parity);
       issue_product<true>(score_mma, v_tile(_, _, _, 0), d_out_tile(_, _, _, q.stage), d_weights);
       wait_for<1>(scores);
-      if constexpr (Shape::kRelative) m = query_tile(key_tile, i);
-      add_bias(scores, key_tile, m, head);
+      if constexpr (!Shape::kBiasFirst) step = add_bias(scores, key_tile, i, head);
+      const int m = step.m();
 
       auto weights = make_operand<Element, kQueries>();
-      if constexpr (Shape::kGivesValues) {
+      ScorePairs<Element, kScores, false> derivatives;
+      if constexpr (Shape::kBiasFirst) {
+        OperandPairs<Element, decltype(weights)> rounded{weights};
+        key_tile.weigh(scores, rounded, derivatives, step, lane.column());
+        issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
+        wait_for<1>(d_weights);
+      } else if constexpr (Shape::kGivesValues) {
         Tensor values = make_fragment_like(scores);
         CUTE_UNROLL
         for (int e = 0; e < kScores; ++e) {
@@ -276,8 +292,7 @@ struct BackwardConsumer {
           values(e) = s.value;
           scores(e) = s.derivative;
         }
-        key_tile.template apply<kScores>(m, lane.column(), [&](int e) { values(e) = scores(e) = 0.f; });
-        release_bias();
+        key_tile.template apply<kScores>(step, lane.column(), [&](int e) { values(e) = scores(e) = 0.f; });
         convert<Element>(values, weights);
         issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
         wait_for<1>(d_weights);
@@ -286,15 +301,18 @@ struct BackwardConsumer {
         for (int e = 0; e < kScores; ++e) {
           scores(e) = silu_and_derivative_of_half(scores(e)).derivative;
         }
-        key_tile.template apply<kScores>(m, lane.column(), [&](int e) { scores(e) = 0.f; });
-        release_bias();
+        key_tile.template apply<kScores>(step, lane.column(), [&](int e) { scores(e) = 0.f; });
         wait_for<0>(d_weights);
         release(shared.d_out_ring.empty[q.stage]);
       }
       auto ds = make_operand<Element, kQueries>();
-      CUTE_UNROLL
-      for (int e = 0; e < kScores; ++e) d_weights(e) *= scores(e);
-      convert<Element>(d_weights, ds);
+      if constexpr (Shape::kBiasFirst) {
+        differentiate<Element>(derivatives, d_weights, ds);
+      } else {
+        CUTE_UNROLL
+        for (int e = 0; e < kScores; ++e) d_weights(e) *= scores(e);
+        convert<Element>(d_weights, ds);
+      }
       if constexpr (!Shape::kRelative) give_dense_gradient(d_weights, key_tile.tile, m, head);
       // One buffer: the other warpgroup's dQ of the tile before must have read it. Two buffers: its dQ of two tiles
       // ago was complete before it came to the barrier of the last tile, which this one has passed too.
@@ -315,16 +333,28 @@ struct BackwardConsumer {
           make_tensor(make_smem_ptr(shared.ds[Shape::kScoreBuffers == 1 ? 0 : buffer & 1]), Ds{}));
       buffer = Shape::kScoreBuffers == 1 ? 1 : buffer + 1;
       Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
-      issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
-      issue_product<true>(dq_mma, ds_tile, k_columns(_, _, _, 0), dq);
-      if constexpr (Shape::kGivesValues) {
+      if constexpr (Shape::kBiasFirst) {
+        issue_product<true>(dq_mma, ds_tile, k_columns(_, _, _, 0), dq);
+        issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
         wait_for<2>(dv);
         release(shared.d_out_ring.empty[q.stage]);
+        wait_for<1>(dq);
+        gather(dq, key_tile, m, head);
+        prepare(next, step, key_tile, i + 1, count, head);
+        wait_for<0>(dk);
+        release(shared.q_ring.empty[q.stage]);
+      } else {
+        issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
+        issue_product<true>(dq_mma, ds_tile, k_columns(_, _, _, 0), dq);
+        if constexpr (Shape::kGivesValues) {
+          wait_for<2>(dv);
+          release(shared.d_out_ring.empty[q.stage]);
+        }
+        wait_for<1>(dk);
+        release(shared.q_ring.empty[q.stage]);
+        wait_for<0>(dq);
+        gather(dq, key_tile, m, head);
       }
-      wait_for<1>(dk);
-      release(shared.q_ring.empty[q.stage]);
-      wait_for<0>(dq);
-      gather(dq, key_tile, m, head);
     }
     release(shared.k_ring.empty[0]);
     release(shared.v_ring.empty[0]);

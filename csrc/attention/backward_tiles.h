@@ -1,10 +1,14 @@
-// What all backward kernels do with a tile: dQ into its sums, P and dS into shared memory.
+// What all backward kernels do with a tile: who sees it, dQ into its sums, P and dS into shared memory.
 #pragma once
 
 #include "attention/barriers.h"
 #include "attention/mma.h"
 
 namespace genrec::attention {
+
+__device__ inline ColumnSight moved(const ColumnSight& s, int by) {
+  return {s.hide0 - by, s.show0 - by, s.hide1 - by, s.show1 - by, s.end - by};
+}
 
 // One tile of dQ into the fp32 sum, in register order: 4 neighbouring elements of a thread are 16 bytes, the 128
 // threads' lie side by side. With `turn`, key tiles add one after the other in rising order.

@@ -87,7 +87,7 @@ __device__ inline void add_looked_up(Scores& scores, int first, const Tile& tile
     for (int e = 0; e < 4; ++e) {
       const auto time = static_cast<uint32_t>(e % 2 ? times.y : times.x);
       const auto apart = static_cast<int>((e < 2 ? low : high) - base - time);
-      weights[e] = buckets.half_weights[near_bucket_of(buckets, apart)];
+      weights[e] = buckets.weights[near_bucket_of(buckets, apart)];
     }
     CUTE_UNROLL
     for (int e = 0; e < 16; ++e)
@@ -106,7 +106,7 @@ __device__ inline void add_looked_up_wide(Scores& scores, int first, const Bucke
     for (int e = 0; e < 2; ++e) {
       keep_order();
       const uint64_t apart = distance_of(fixed(element_row(n)), streamed(column + element_column(n) + e));
-      weights[e] = buckets.half_weights[bucket_of(buckets, apart)];
+      weights[e] = buckets.weights[bucket_of(buckets, apart)];
     }
     CUTE_UNROLL
     for (int e = 0; e < 16; ++e)
@@ -144,8 +144,9 @@ __device__ inline void add_bias_by_parts(Scores& scores, float half_alpha, const
   }
 }
 
-// The same for a tile that isn't. `low`, `high`: the times of the thread's two rows.
-template <class Scores, class Tile, class Streamed>
+// The same for a tile that isn't; or, with kFirst, the bias that products will be added to. `low`, `high`: the times of the
+// thread's two rows.
+template <bool kFirst, class Scores, class Tile, class Streamed>
 __device__ inline void add_relative_bias(Scores& scores, float half_alpha, const Tile& tile, const BucketTables& buckets,
                                          int row, int column, int64_t low, int64_t high, Streamed streamed) {
   constexpr int kSize = decltype(cute::size(scores))::value;
@@ -156,10 +157,9 @@ __device__ inline void add_relative_bias(Scores& scores, float half_alpha, const
   for (int e = 0; e < kSize; e += 4) {
     if (e % 16 == 0) keep_order();
     const float2 now = *reinterpret_cast<const float2*>(window + 2 * e);
-    scores(e) = fmaf(scores(e), half_alpha, now.x);
-    scores(e + 1) = fmaf(scores(e + 1), half_alpha, now.y);
-    scores(e + 2) = fmaf(scores(e + 2), half_alpha, before.x);
-    scores(e + 3) = fmaf(scores(e + 3), half_alpha, before.y);
+    const float values[4] = {now.x, now.y, before.x, before.y};
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) scores(e + j) = kFirst ? values[j] : fmaf(scores(e + j), half_alpha, values[j]);
     before = now;
   }
   const TimeKind kind = tile.kind;
@@ -185,14 +185,14 @@ __device__ inline void add_relative_bias(Scores& scores, float half_alpha, const
     for (int e = 0; e < kSize; ++e) {
       if (e % 8 == 0) keep_order();
       const int apart = (element_row(e) ? near_high : near_low) - near[element_column(e)];
-      scores(e) += buckets.half_weights[near_bucket_of(buckets, apart)];
+      scores(e) += buckets.weights[near_bucket_of(buckets, apart)];
     }
   } else if (kind == TimeKind::kWide) {
     CUTE_UNROLL
     for (int e = 0; e < kSize; ++e) {
       if (e % 2 == 0) keep_order();
       const uint64_t apart = distance_of(element_row(e) ? high : low, streamed(column + element_column(e)));
-      scores(e) += buckets.half_weights[bucket_of(buckets, apart)];
+      scores(e) += buckets.weights[bucket_of(buckets, apart)];
     }
   }
 }

@@ -1,10 +1,11 @@
-// Sums along the diagonals of a 64 x 64 block of dS in shared memory, by one warp and the tensor cores.
+// Sums along the diagonals of a 64 x 64 block of dS in shared memory, by one warp.
 //
 // The block is cut into pieces of 8 x 8. Pieces whose numbers differ by the same s (key piece - query piece) hold the same
-// diagonals in the same places: products with the identity add them up element by element, exactly but for the fp32 sums'
-// own rounding. The 8 pieces (i, (i + t) mod 8) are those of s = t and, around the corner, of s = t - 8: one accumulator
-// of 16 x 8 takes the former in its upper and the latter in its lower rows. Its row r belongs to key 8 s + r, so that
-// diagonal d gathers entry d - r of every row r, and rows are laid out side by side in shared memory for that.
+// diagonals in the same places: they are added up element by element in fp32, by additions or by products with the
+// identity, whichever takes less time (backward.h says which: products stand in line behind the consumers' own).
+// The 8 pieces (i, (i + t) mod 8) are those of s = t and, around the corner, of s = t - 8. Row r of what is added up for s
+// belongs to key 8 s + r, so that diagonal d gathers entry d - r of every row r, and rows are laid out side by side in
+// shared memory for that.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -13,7 +14,14 @@
 
 namespace genrec::attention {
 
+// Two neighbouring elements of a word.
 template <class Element>
+__device__ inline cutlass::Array<float, 2> two_of(uint32_t word) {
+  return cutlass::NumericArrayConverter<float, Element, 2>{}(
+      *reinterpret_cast<const cutlass::Array<Element, 2>*>(&word));
+}
+
+template <class Element, bool kProducts>
 struct DiagonalSums {
   static constexpr int kMargin = 8;  // zeros before and behind each row's 120 entries
   static constexpr int kStride = kMargin + 120 + kMargin;  // 8 banks from row to row
@@ -39,17 +47,12 @@ struct DiagonalSums {
     float* own = &memory[lane / 4][kMargin + 62 - lane % 4 * 2];
     CUTE_UNROLL
     for (int t = 0; t < 8; ++t) {
-      float pieces[4] = {0.f, 0.f, 0.f, 0.f};
+      float pieces[4] = {0.f, 0.f, 0.f, 0.f};  // two entries of s = t, two of s = t - 8
       CUTE_UNROLL
       for (int i = 0; i < 8; i += 4) {
-        uint32_t words[4];
-        load_matrices_transposed(block + (piece + i + t & 7) * 1024 + row * 128 + (column ^ i * 16), words);
-        CUTE_UNROLL
-        for (int j = 0; j < 4; j += 2) {
-          const bool a = i + j + t < 8, b = i + j + 1 + t < 8;
-          add_product<Element>(pieces, a ? identity : 0, a ? 0 : identity, b ? identity : 0, b ? 0 : identity, words[j],
-                               words[j + 1]);
-        }
+        const char* at = block + (piece + i + t & 7) * 1024 + row * 128 + (column ^ i * 16);
+        const int own_pieces = 8 - t - i;  // of s = t, among these four
+        kProducts ? multiply(at, own_pieces, pieces) : add(at, own_pieces, pieces);
       }
       // Entries fall with the query.
       *reinterpret_cast<float2*>(own + 8 * t) = make_float2(pieces[1], pieces[0]);
@@ -63,25 +66,6 @@ struct DiagonalSums {
       for (int r = 0; r < 8; ++r) sums[n] += memory[r][kMargin + lane + 32 * n - r];
     }
     sync_warp();  // the next block's sums go to the same place
-  }
-
-  // The lane's share of the sum of all of a block.
-  __device__ float add_all(const char* block) const {
-    const uint32_t one = Element(1.f).storage, ones = one << 16 | one;
-    const char* rows = block + lane * 128;
-    float sums[2][4] = {};
-    CUTE_UNROLL
-    for (int row = 0; row < 64; row += 32) {
-      CUTE_UNROLL
-      for (int chunk = 0; chunk < 128; chunk += 16) {
-        uint32_t words[4];
-        load_matrices_transposed(rows + row * 128 + (chunk ^ lane % 8 * 16), words);
-        add_product<Element>(sums[0], ones, ones, ones, ones, words[0], words[1]);
-        add_product<Element>(sums[1], ones, ones, ones, ones, words[2], words[3]);
-      }
-    }
-    // All rows of the products are the same.
-    return lane < 4 ? sums[0][0] + sums[0][1] + sums[1][0] + sums[1][1] : 0.f;
   }
 
   // add_up, one by one: for blocks with numbers that aren't finite, which products would spread over their columns.
@@ -98,6 +82,31 @@ struct DiagonalSums {
   }
 
  private:
+  // Four pieces to sums of the first `own` of them and of the others.
+  __device__ static void add(const char* at, int own, float (&sums)[4]) {
+    uint32_t words[4];
+    load_matrices(at, words);
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const auto two = two_of<Element>(words[j]);
+      const int from = j < own ? 0 : 2;
+      sums[from] += two[0];
+      sums[from + 1] += two[1];
+    }
+  }
+
+  // The same by products of 16 x 8: the first ones' sum in the upper rows, the others' in the lower ones.
+  __device__ void multiply(const char* at, int own, float (&sums)[4]) const {
+    uint32_t words[4];
+    load_matrices_transposed(at, words);
+    CUTE_UNROLL
+    for (int j = 0; j < 4; j += 2) {
+      const bool a = j < own, b = j + 1 < own;
+      add_product<Element>(sums, a ? identity : 0, a ? 0 : identity, b ? identity : 0, b ? 0 : identity, words[j],
+                           words[j + 1]);
+    }
+  }
+
   // Row l / 4, columns 2 (l % 4) and the next; the lower column in the lower half.
   __device__ static uint32_t identity_entries(int lane) {
     const uint32_t one = Element(1.f).storage;

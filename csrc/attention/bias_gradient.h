@@ -5,7 +5,7 @@
 // Additions of floating-point numbers have a fixed order, and a last kernel adds the copies up.
 //
 // Position: bias_diagonals.h; what it gives is added to the warp's copy by reductions that nobody waits for, and nobody
-// else adds to that copy. Time: a lane reads the 8 queries of number lane % 8 in every fourth key row. Up to three edges
+// else adds to that copy. Time: a lane reads the 8 queries of number lane % 8 in every fourth key row. Up to five edges
 // are compared with; where buckets are looked up, bias_histogram.h adds.
 #pragma once
 
@@ -47,6 +47,7 @@ struct BiasGradientWarp {
   using Element = typename Shape::Element;
   using Tile = typename Shape::BiasTile;
   using Teams = typename Shape::Teams;
+  using Diagonals = DiagonalSums<Element, Shape::kSumsByProducts>;
   static constexpr int kKeys = Shape::kKeys;
   static constexpr bool kSplit = Shape::kSplitTables;
   static constexpr int kBlocks = Teams::kBlocks;
@@ -68,7 +69,7 @@ struct BiasGradientWarp {
 
   __device__ void run() {
     if (sums_time()) clear_buckets();
-    if (sums_position()) DiagonalSums<Element>(shared.gradient.diagonals[copy], lane).clear_margins();
+    if (sums_position()) Diagonals(shared.gradient.diagonals[copy], lane).clear_margins();
     Place<Shape::kBiasStages> place(0);
     Place<Shape::kScoreBuffers> ds(0);
     for (int t = 0; t < warp / Teams::kTeam; ++t) place.next(), ds.next();
@@ -108,19 +109,9 @@ struct BiasGradientWarp {
   // Of the warp's block `b`, in the tile of keys.
   __device__ int first_key(int b) const { return kSplit ? 64 * b : 64 * (b * Teams::kTeam + warp % Teams::kTeam); }
 
-  struct Pair {
-    float first, second;
-  };
-
-  __device__ static Pair unpack(uint32_t word) {
-    const auto two = cutlass::NumericArrayConverter<float, Element, 2>{}(
-        *reinterpret_cast<const cutlass::Array<Element, 2>*>(&word));
-    return {two[0], two[1]};
-  }
-
   // Queries `query` (even) and the next of key row `key` of a block.
-  __device__ static Pair read(const char* block, int key, int query) {
-    return unpack(*reinterpret_cast<const uint32_t*>(block + key * 128 + (query * 2 ^ key % 8 * 16)));
+  __device__ static auto read(const char* block, int key, int query) {
+    return two_of<Element>(*reinterpret_cast<const uint32_t*>(block + key * 128 + (query * 2 ^ key % 8 * 16)));
   }
 
   // The lane's 8 queries of its n-th key row.
@@ -160,14 +151,12 @@ struct BiasGradientWarp {
     if (!sums_time()) return;
     lane = settled(lane);
     const TimeKind kind = tile.kind;
-    if (kind == TimeKind::kOne || kind == TimeKind::kFew) {
-      if (kSplit) total = DiagonalSums<Element>(shared.gradient.diagonals[copy], lane).add_all(block);
-      if (kind == TimeKind::kFew) write_reach(own, tile.sign, tile.shift[0]);
-      const int edges = kind == TimeKind::kOne ? 0 : tile.edges;
-      if (edges == 0) add_few<0>(block, tile, queries, total, scale);
-      if (edges == 1) add_few<1>(block, tile, queries, total, scale);
-      if (edges == 2) add_few<2>(block, tile, queries, total, scale);
-      if (edges == 3) add_few<3>(block, tile, queries, total, scale);
+    if (kind == TimeKind::kOne) {
+      add_few<0>(block, tile, queries, 0, total, scale);
+    } else if (kind == TimeKind::kFew) {
+      write_reach(own, tile.sign, tile.shift[0]);
+      const BlockEdges edges = Shape::kSumsByProducts ? BlockEdges{0, tile.edges} : edges_of_block(tile, queries);
+      add_between(block, tile, queries, edges, total, scale);
     } else {
       const float largest = largest_of(block);
       if (!(largest - largest == 0.f)) {
@@ -189,11 +178,11 @@ struct BiasGradientWarp {
   // Adds the sums along the diagonals to this warp's copy of the position table; `apart`: key - query of the block's first
   // pair. Returns the lane's share of the sum of all.
   __device__ float add_diagonals(const char* block, int apart, float scale) const {
-    const DiagonalSums<Element> diagonals(shared.gradient.diagonals[copy], lane);
+    const Diagonals diagonals(shared.gradient.diagonals[copy], lane);
     float sums[4];
     diagonals.add_up(block, sums);
     const float total = sums[0] + sums[1] + sums[2] + sums[3];
-    if (any_lane(!(total - total == 0.f))) diagonals.add_up_slowly(block, sums);
+    if (Shape::kSumsByProducts && any_lane(!(total - total == 0.f))) diagonals.add_up_slowly(block, sums);
     if (p.bias.position_sums == nullptr) return total;
     const int entries = 2 * p.bias.max_positions - 1, first = apart + p.bias.max_positions - 64 + lane;
     float* table = p.bias.position_sums + (int64_t{blockIdx.x} * Teams::kCopies + copy) * entries;
@@ -212,28 +201,69 @@ struct BiasGradientWarp {
     sync_warp();
   }
 
-  // kEdges edges cut the tile: sums of what lies behind each.
+  // Which of the tile's edges cut the block, a quarter or half of it: those before `first` lie before all of its pairs,
+  // those from `last` on behind all.
+  struct BlockEdges {
+    int first, last;
+  };
+
+  __device__ BlockEdges edges_of_block(const Tile& tile, int queries) const {
+    const int near[2] = {tile.near[queries + lane], tile.near[queries + lane + 32]};
+    const int own[2] = {reach[lane], reach[lane + 32]};  // written by this lane
+    const int least_near = ~largest_of_warp(larger(~near[0], ~near[1]));
+    const int most_near = largest_of_warp(larger(near[0], near[1]));
+    const int least_reach = ~largest_of_warp(larger(~own[0], ~own[1]));
+    const int most_reach = largest_of_warp(larger(own[0], own[1]));
+    BlockEdges edges{0, 0};
+    CUTE_UNROLL
+    for (int e = 0; e < kFewEdges; ++e) {
+      if (e >= tile.edges) break;
+      const int further = static_cast<int>(tile.shift[e] - tile.shift[0]);
+      if (most_near <= least_reach - further) edges.first = e + 1;
+      if (least_near <= most_reach - further) edges.last = e + 1;
+    }
+    return edges;
+  }
+
+  __device__ void add_between(const char* block, const Tile& tile, int queries, BlockEdges edges, float total,
+                              float scale) {
+    const int count = edges.last - edges.first;
+    if (count == 0) add_few<0>(block, tile, queries, edges.first, total, scale);
+    if (count == 1) add_few<1>(block, tile, queries, edges.first, total, scale);
+    if (count == 2) add_few<2>(block, tile, queries, edges.first, total, scale);
+    if (count == 3) add_few<3>(block, tile, queries, edges.first, total, scale);
+    if constexpr (kFewEdges > 3) {
+      if (count == 4) add_few<4>(block, tile, queries, edges.first, total, scale);
+      if (count == 5) add_few<5>(block, tile, queries, edges.first, total, scale);
+    }
+  }
+
+  // kEdges edges from the tile's `first` on cut the block: sums of what lies behind each. Where the warps split the tables
+  // `total` is still to be summed.
   template <int kEdges>
-  __device__ void add_few(const char* block, const Tile& tile, int queries, float total, float scale) {
+  __device__ void add_few(const char* block, const Tile& tile, int queries, int first, float total, float scale) {
     int near[8], further[kEdges + 1];
-    float behind[kEdges + 1][2];
+    float behind[kEdges + 1];
     if (kEdges > 0) load_near(tile, queries, near);
     CUTE_UNROLL
-    for (int e = 0; e <= kEdges; ++e) behind[e][0] = behind[e][1] = 0.f;
-    CUTE_UNROLL
-    for (int e = 0; e < kEdges; ++e) further[e] = static_cast<int>(tile.shift[e] - tile.shift[0]);
-#pragma unroll 2
-    for (int n = 0; n < (kEdges > 0 ? 16 : 0); ++n) {
+    for (int e = 0; e < kEdges; ++e) {
+      behind[e] = 0.f;
+      further[e] = static_cast<int>(tile.shift[first + e] - tile.shift[0]);
+    }
+    constexpr int kUnroll = Shape::kSumsByProducts ? 2 : 4;
+#pragma unroll kUnroll
+    for (int n = 0; n < (kEdges > 0 || kSplit ? 16 : 0); ++n) {
       const uint4 words = read_own(block, n);
-      const int most = reach[own_key(n)];
+      const int most = kEdges > 0 ? reach[own_key(n)] : 0;
       const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
       CUTE_UNROLL
       for (int q = 0; q < 8; q += 2) {
-        const Pair ds = unpack(pairs[q / 2]);
+        const auto ds = two_of<Element>(pairs[q / 2]);
+        if (kSplit) total += ds[0] + ds[1];
         CUTE_UNROLL
         for (int e = 0; e < kEdges; ++e) {
-          if (near[q] <= most - further[e]) behind[e][0] += ds.first;
-          if (near[q + 1] <= most - further[e]) behind[e][1] += ds.second;
+          if (near[q] <= most - further[e]) behind[e] += ds[0];
+          if (near[q + 1] <= most - further[e]) behind[e] += ds[1];
         }
       }
     }
@@ -241,8 +271,7 @@ struct BiasGradientWarp {
     float values[kEdges + 1] = {total};
     CUTE_UNROLL
     for (int e = 0; e < kEdges; ++e) {
-      const float one = behind[e][0] + behind[e][1];
-      values[e] -= one, values[e + 1] = one;
+      values[e] -= behind[e], values[e + 1] = behind[e];
     }
     CUTE_UNROLL
     for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -250,7 +279,7 @@ struct BiasGradientWarp {
       for (int e = 0; e <= kEdges; ++e) values[e] += float_of(exchange(float_bits(values[e]), lanes));
     }
     if (lane > 0) return;
-    float* sums = &buckets.sums[tile.first];
+    float* sums = &buckets.sums[tile.first + first];
     float old[kEdges + 1];
     CUTE_UNROLL
     for (int e = 0; e <= kEdges; ++e) old[e] = sums[e];
@@ -269,8 +298,8 @@ struct BiasGradientWarp {
     }
     CUTE_UNROLL
     for (int lanes = 16; lanes > 0; lanes /= 2) largest = larger_halves(largest, exchange(largest, lanes));
-    const Pair both = unpack(largest);
-    return largest >> 16 > (largest & 0xffff) ? both.second : both.first;
+    const auto both = two_of<Element>(largest);
+    return largest >> 16 > (largest & 0xffff) ? both[1] : both[0];
   }
 
   __device__ void add_near(const char* block, const Tile& tile, int queries, const BucketCounter& counter) const {
@@ -287,9 +316,9 @@ struct BiasGradientWarp {
       for (int q = 0; q < 8; ++q) bucket[q] = near_bucket_of(shared.bias.buckets, from - near[q]);
       CUTE_UNROLL
       for (int q = 0; q < 8; q += 2) {
-        const Pair ds = unpack(pairs[q / 2]);
-        counter.add(bucket[q], ds.first);
-        counter.add(bucket[q + 1], ds.second);
+        const auto ds = two_of<Element>(pairs[q / 2]);
+        counter.add(bucket[q], ds[0]);
+        counter.add(bucket[q + 1], ds[1]);
       }
     }
   }
@@ -317,10 +346,10 @@ struct BiasGradientWarp {
     const int64_t first = all.streamed(query + 2 * lane), second = all.streamed(query + 2 * lane + 1);
     CUTE_NO_UNROLL
     for (int k = 0; k < 64; ++k) {
-      const Pair ds = read(block, k, 2 * lane);
+      const auto ds = read(block, k, 2 * lane);
       const int64_t time = all.fixed(key + k);
-      use(bucket_of(shared.bias.buckets, distance_of(time, first)), ds.first);
-      use(bucket_of(shared.bias.buckets, distance_of(time, second)), ds.second);
+      use(bucket_of(shared.bias.buckets, distance_of(time, first)), ds[0]);
+      use(bucket_of(shared.bias.buckets, distance_of(time, second)), ds[1]);
     }
   }
 

@@ -16,7 +16,7 @@
 // by 32 streamed ones, each of which is told in its own way: few edges cut a part even near the diagonal, where
 // look-ups for the whole tile took longer than its products.
 //
-// Everything is halved: SiLU(x) = h + h tanh(h), h = x / 2.
+// Everything is halved: SiLU(x) = h + h tanh(h), h = x / 2. Or, where products are added to the bias, divided by alpha.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -30,7 +30,7 @@ namespace genrec::attention {
 // Of a tile as a whole: one bucket; up to kFewEdges edges and distances of one sign; distances below 2^30; any.
 enum class TimeKind : int { kOne, kFew, kNear, kWide };
 
-constexpr int kFewEdges = 3;
+constexpr int kFewEdges = 5;
 
 // Of a part: kEdges + n for n edges that cut it, or how its weights are looked up. kInWindow: those of the whole tile are
 // in the window already.
@@ -175,15 +175,16 @@ struct BiasWriter {
   const RelativeBias& bias;
   const BucketTables& buckets;
   const TileTimes<kStreamsKeys> times;
+  const float factor;  // of weights
   const int lane, shift;
   int first_fixed;
   TimeSpan fixed{kNoDistance, -kNoDistance};
   TimeSpan rows[kOwnParts];  // those of the lane's parts
   int64_t own[kOwn];
 
-  // `record`: of the fixed tile.
-  __device__ BiasWriter(const RelativeBias& b, const BucketTables& tables, const TileRecord& record)
-      : bias(b), buckets(tables), times(b, record), lane(threadIdx.x % 32), shift(record.keys - record.queries),
+  // `record`: of the fixed tile; `weights_times`: what the weights of `tables` were multiplied with.
+  __device__ BiasWriter(const RelativeBias& b, const BucketTables& tables, const TileRecord& record, float weights_times)
+      : bias(b), buckets(tables), times(b, record), factor(weights_times), lane(threadIdx.x % 32), shift(record.keys - record.queries),
         first_fixed(record.first) {
     if (bias.time == nullptr) return;
     CUTE_UNROLL
@@ -234,7 +235,7 @@ struct BiasWriter {
     }
   }
 
-  // How buckets are told; `constant`: the half weight that goes into the window.
+  // How buckets are told; `constant`: the weight that goes into the window.
   __device__ TimeKind put_times(Tile& tile, float& constant) const {
     TimeSpan streamed{kNoDistance, -kNoDistance}, columns;  // columns: of the lane's parts
     CUTE_UNROLL
@@ -255,7 +256,7 @@ struct BiasWriter {
     if (lane == 0) tile.first = all.first;
     const bool brief = fixed.high - fixed.low < kShort && streamed.high - streamed.low < kShort;
     const bool few = apart.one_sign() && edges <= kFewEdges && brief;
-    if (edges == 0 || (few && !Tile::kParts)) constant = buckets.half_weights[all.first];
+    if (edges == 0 || (few && !Tile::kParts)) constant = buckets.weights[all.first];
     if (edges == 0) {
       put_kinds(tile, kInWindow);
       return TimeKind::kOne;
@@ -270,7 +271,7 @@ struct BiasWriter {
       put_parts(tile, columns, found, brief, sign, origin - base);
     } else if (few && lane < edges) {
       tile.shift[lane] = buckets.edges[all.first + 1 + lane] + base;
-      tile.step[lane] = buckets.half_weights[all.first + 1 + lane] - buckets.half_weights[all.first + lane];
+      tile.step[lane] = buckets.weights[all.first + 1 + lane] - buckets.weights[all.first + lane];
     }
     return few ? TimeKind::kFew : apart.farthest < int64_t{1} << kNearBits ? TimeKind::kNear : TimeKind::kWide;
   }
@@ -313,12 +314,12 @@ struct BiasWriter {
     if (!few) return apart.farthest < int64_t{1} << kNearBits ? kLookUp : kLookUpWide;
     // Distances s (f - g) fall as `near` rises; where they are negative ones, sizes rise: steps are taken back.
     const bool falling = (apart.ahead >= 0) == (sign > 0);
-    part.weight = buckets.half_weights[falling ? from : from + edges];
+    part.weight = buckets.weights[falling ? from : from + edges];
     CUTE_NO_UNROLL
     for (int k = 0; k < edges; ++k) {
       constexpr int64_t kBeyond = int64_t{1} << kNearBits;  // every near, and none
       const int64_t edge = buckets.edges[from + 1 + k];
-      const float step = buckets.half_weights[from + 1 + k] - buckets.half_weights[from + k];
+      const float step = buckets.weights[from + 1 + k] - buckets.weights[from + k];
       const int64_t reach = falling ? offset - edge : offset + edge - 1;
       part.edge[k] = {static_cast<int>(reach < -kBeyond ? -kBeyond : reach > kBeyond ? kBeyond : reach),
                       falling ? step : -step};
@@ -335,7 +336,7 @@ struct BiasWriter {
       float value = constant;
       if (bias.position != nullptr) {
         const int entry = kStreamsKeys ? first + x : first - x;
-        value += 0.5f * bias.position[larger(0, smaller(entry, last))];  // pairs outside of the sequence are hidden
+        value += factor * bias.position[larger(0, smaller(entry, last))];  // pairs outside of the sequence are hidden
       }
       tile.window[0][x] = value;
       if (x > 0) tile.window[1][x - 1] = value;

@@ -25,7 +25,7 @@ struct NearInterval {
 struct BucketTables {
   int64_t edges[kMostBuckets + 1];  // first distance of each bucket; kNoDistance beyond the table's last
   NearInterval near[kNearIntervals];
-  float half_weights[kMostBuckets];
+  float weights[kMostBuckets];  // times a factor
   uint8_t before[kIntervals];  // bucket of an interval's first distance
 };
 
@@ -61,11 +61,11 @@ __device__ inline int near_bucket_of(const BucketTables& tables, int apart) {
   return found.bucket + (size >= found.edge);
 }
 
-__device__ inline void load_buckets(BucketTables& tables, const RelativeBias& bias, int thread, int threads) {
+__device__ inline void load_buckets(BucketTables& tables, const RelativeBias& bias, float factor, int thread, int threads) {
   const int buckets = bias.time == nullptr ? 0 : smaller(bias.buckets, kMostBuckets);
   for (int b = thread; b <= kMostBuckets; b += threads) {
     tables.edges[b] = b == 0 ? 0 : b < buckets ? bias.edges[b - 1] : kNoDistance;
-    if (b < kMostBuckets) tables.half_weights[b] = b < buckets ? 0.5f * bias.time[b] : 0.f;
+    if (b < kMostBuckets) tables.weights[b] = b < buckets ? factor * bias.time[b] : 0.f;
   }
 }
 
@@ -86,8 +86,8 @@ __device__ inline void index_buckets(BucketTables& tables, int thread, int threa
 
 // Called by all threads of a block, before a barrier.
 template <int kThreads>
-__device__ inline void fill_buckets(BucketTables& tables, const RelativeBias& bias) {
-  load_buckets(tables, bias, threadIdx.x, kThreads);
+__device__ inline void fill_buckets(BucketTables& tables, const RelativeBias& bias, float factor) {
+  load_buckets(tables, bias, factor, threadIdx.x, kThreads);
   sync_block(kThreads);
   index_buckets(tables, threadIdx.x, kThreads);
 }

@@ -55,6 +55,14 @@ __device__ inline float* settled(float* value) {
   return value;
 }
 
+// The value in another register. ptxas puts a wait behind every wgmma of a loop whose accumulators were written in the
+// round before: those are written elsewhere and copied.
+__device__ inline float copied(float value) {
+  float copy;
+  asm volatile("mov.b32 %0, %1;" : "=f"(copy) : "f"(value));
+  return copy;
+}
+
 // The same in all lanes, and the compiler knows it.
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
@@ -102,7 +110,15 @@ __device__ inline void store_matrices(char* address, uint32_t a, uint32_t b, uin
                : "memory");
 }
 
-// The same way back, transposed: word j holds rows 2 (l % 4) and the next of column l / 4 of matrix j.
+// The same way back.
+__device__ inline void load_matrices(const char* address, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(cute::cast_smem_ptr_to_uint(address))
+               : "memory");
+}
+
+// Transposed: word j holds rows 2 (l % 4) and the next of column l / 4 of matrix j.
 __device__ inline void load_matrices_transposed(const char* address, uint32_t (&words)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -146,7 +146,7 @@ __device__ inline void forward_prepare_bias(const typename Shape::Params& p, typ
     const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
     const int count = ranges.count();
     if (next < count) {
-      BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile);
+      BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile, 0.5f);
       CUTE_NO_UNROLL
       for (; next < count; next += kWarps, turn.next()) {
         const int first_key = ranges.tile(next) * Shape::kKeys;
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) prefetch_map(*map);
   }
-  if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias);
+  if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias, 0.5f);
   sync_block(Shape::kThreads);
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {

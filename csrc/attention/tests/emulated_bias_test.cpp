@@ -29,10 +29,10 @@ struct OneTile {
 
   void run() {
     auto& shared = *reinterpret_cast<Shared*>(emulator::block().shared);
-    fill_buckets<128>(shared.buckets, bias);
+    fill_buckets<128>(shared.buckets, bias, 0.5f);
     sync_block(128);
     if (threadIdx.x < 32)
-      BiasWriter<kStreamsKeys, kFixed, kStreamed>(bias, shared.buckets, record).write(shared.tile, first_streamed);
+      BiasWriter<kStreamsKeys, kFixed, kStreamed>(bias, shared.buckets, record, 0.5f).write(shared.tile, first_streamed);
     sync_block(128);
     const Lane lane;
     const TileTimes<kStreamsKeys> times(bias, record);
@@ -47,7 +47,7 @@ struct OneTile {
                         static_cast<uint32_t>(times.fixed(row)), static_cast<uint32_t>(times.fixed(row + 8)),
                         [&](int down) { return times.fixed(row + down); }, streamed);
     } else {
-      add_relative_bias(scores, 1.f, shared.tile, shared.buckets, lane.row(), lane.column(), times.fixed(row),
+      add_relative_bias<true>(scores, 1.f, shared.tile, shared.buckets, lane.row(), lane.column(), times.fixed(row),
                         times.fixed(row + 8), streamed);
     }
     for (int e = 0; e < kStreamed / 2; ++e)
@@ -90,7 +90,7 @@ bool check_buckets() {
     RelativeBias bias{};
     bias.time = weights.data(), bias.edges = edges.data(), bias.buckets = buckets;
     auto tables = std::make_unique<BucketTables>();
-    load_buckets(*tables, bias, 0, 1);
+    load_buckets(*tables, bias, 1.f, 0, 1);
     index_buckets(*tables, 0, 1);
     const auto good = [&](int64_t a, int64_t b) {
       const __int128 size = __int128(a) - b;
@@ -133,7 +133,6 @@ bool check_all_tiles() {
 // The emulated warp-wide instructions against CuTe's layouts of the GPU's.
 bool check_warp_instructions() {
   using Mma = cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>;
-  using Load = cute::Copy_Traits<cute::SM75_U16x8_LDSM_T>;
   std::vector<Element> a(16 * 16), b(8 * 16), rows(32 * 8);  // column by column, as Mma counts
   std::vector<float> wanted(16 * 8);
   for (auto* matrix : {&a, &b, &rows})
@@ -152,19 +151,22 @@ bool check_warp_instructions() {
     add_product<Element>(c, pack(a, left, 0), pack(a, left, 1), pack(a, left, 2), pack(a, left, 3), pack(b, right, 0),
                          pack(b, right, 1));
     for (int e = 0; e < 4; ++e) bad += c[e] != wanted[typename Mma::CLayout{}(lane, e)];
+    const auto check = [&](const uint32_t (&words)[4], auto layout) {
+      for (int e = 0; e < 8; ++e)
+        bad += Element::bitcast(uint16_t(words[e / 2] >> e % 2 * 16)) != rows[layout(lane, 16 * e) / 16];
+    };
     uint32_t words[4];
+    load_matrices(reinterpret_cast<const char*>(&rows[lane * 8]), words);
+    check(words, typename cute::Copy_Traits<cute::SM75_U32x4_LDSM_N>::DstLayout{});
     load_matrices_transposed(reinterpret_cast<const char*>(&rows[lane * 8]), words);
-    for (int e = 0; e < 8; ++e) {
-      const int bit = typename Load::DstLayout{}(lane, 16 * e);
-      bad += Element::bitcast(uint16_t(words[e / 2] >> e % 2 * 16)) != rows[bit / 16];
-    }
+    check(words, typename cute::Copy_Traits<cute::SM75_U16x8_LDSM_T>::DstLayout{});
   };
   const bool ran = emulator::launch(1, 32, 0, one_lane);
   if (bad > 0) std::printf("warp instructions: %d elements differ\n", bad);
   return ran && bad == 0;
 }
 
-// Sums of a block's diagonals, one by one and by products.
+// Sums of a block's diagonals, one by one, by products and by additions.
 bool check_diagonals() {
   std::vector<Element> block(64 * 64);
   double wanted[128] = {};
@@ -176,17 +178,18 @@ bool check_diagonals() {
     }
   }
   double worst = 0;
-  DiagonalSums<Element>::Memory memory;
+  DiagonalSums<Element, true>::Memory memory;
   const bool ran = emulator::launch(1, 32, 0, [&] {
-    const DiagonalSums<Element> diagonals(memory, threadIdx.x);
-    diagonals.clear_margins();
+    const DiagonalSums<Element, true> products(memory, threadIdx.x);
+    const DiagonalSums<Element, false> additions(memory, threadIdx.x);
+    products.clear_margins();
     const char* at = reinterpret_cast<const char*>(block.data());
-    float sums[4], slow[4];
-    for (int again = 0; again < 2; ++again) diagonals.add_up(at, sums);
-    diagonals.add_up_slowly(at, slow);
+    float sums[4], added[4], slow[4];
+    for (int again = 0; again < 2; ++again) products.add_up(at, sums), additions.add_up(at, added);
+    products.add_up_slowly(at, slow);
     for (int n = 0; n < 4; ++n) {
       const double one = wanted[threadIdx.x + 32 * n];
-      worst = std::max({worst, std::abs(sums[n] - one), std::abs(slow[n] - one)});
+      worst = std::max({worst, std::abs(sums[n] - one), std::abs(added[n] - one), std::abs(slow[n] - one)});
     }
   });
   if (!(worst < 1e-4)) std::printf("diagonals: off by %g\n", worst);
@@ -248,6 +251,8 @@ int main() {
   good &= check<Bias::kRelative>({"one bucket", mixed, {1, -1, 1}, 1, D, D, 1, false,
                                   {Bias::kRelative, false, 1, Clock::kSeconds}});
   good &= check<Bias::kRelative>({"position alone", mixed, {1, -1, 1}, 2, D, D, 2, false, {Bias::kRelative, true}});
+  good &= check<Bias::kRelative>({"alpha of zero", {{70, 70, 0, 0}}, {1, -1, 1}, 1, D, D, 1, false,
+                                  {Bias::kRelative, true, 64, Clock::kSeconds}, true});
   good &= check<Bias::kDense>({"dense", mixed, {2, -1, 1}, 2, D, D, 2, false, {Bias::kDense}});
   good &= check<Bias::kDense>({"dense, shared by heads", mixed, {2, 20, 0}, 2, D, D, 2, true,
                                {Bias::kDense, false, 0, Clock::kSeconds, false, true}});

@@ -262,6 +262,8 @@ inline void arrive_threads(uint32_t barrier, int threads) {
   emulator::arrive(emulator::block().named[barrier], threads);
 }
 inline int uniform(int value) { return value; }
+inline float copied(float value) { return value; }
+
 template <class Value>
 Value settled(Value value) {
   return value;
@@ -351,6 +353,15 @@ inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, ui
   sync_warp();
   const uint32_t words[4] = {a, b, c, d};
   for (int m = 0; m < 4; ++m) std::memcpy(addresses[8 * m + lane / 4] + lane % 4 * 4, &words[m], 4);
+  sync_warp();
+}
+
+inline void load_matrices(const char* address, uint32_t (&words)[4]) {
+  auto& addresses = emulator::block().addresses[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  addresses[lane] = const_cast<char*>(address);
+  sync_warp();
+  for (int m = 0; m < 4; ++m) std::memcpy(&words[m], addresses[8 * m + lane / 4] + lane % 4 * 4, 4);
   sync_warp();
 }
 

@@ -39,6 +39,7 @@ struct Case {
   int heads, qk_dim, v_dim, blocks;
   bool ordered;
   BiasCase bias = {};
+  bool blind = false;  // alpha is 0: scores are the bias alone
 };
 
 struct Matrix {
@@ -199,7 +200,7 @@ struct Problem {
         d_out(total(given, &Lengths::queries), given.heads, given.v_dim, false),
         bias(given),
         out(d_out.data.size()), dq(q.data.size()), dk(k.data.size()), dv(v.data.size()),
-        alpha(1.f / std::sqrt(float(given.qk_dim))) {
+        alpha(given.blind ? 0.f : 1.f / std::sqrt(float(given.qk_dim))) {
     for (const Lengths& s : c.sequences) {
       query_offsets.push_back(query_offsets.back() + s.queries);
       key_offsets.push_back(key_offsets.back() + s.keys);
