@@ -28,9 +28,9 @@ def tile(width: int, per_thread: int = 16, max_rows: int = 64) -> tuple[int, int
     return rows, columns, warps
 
 
-def programs_for(x: Tensor, blocks: int, groups: int, sums: bool, each: int = 4) -> int:
-    """Programs that share `blocks` row blocks. Where each has sums of its own to store, `each` on a multiprocessor."""
-    return max(1, min(blocks, -(-_processors(x.device) * each // groups))) if sums else max(1, blocks)
+def programs_for(x: Tensor, blocks: int, groups: int, sums: bool) -> int:
+    """Programs that share `blocks` row blocks. Where each has sums of its own to store, no more than run at a time."""
+    return max(1, min(blocks, -(-_processors(x.device) * 4 // groups))) if sums else max(1, blocks)
 
 
 @lru_cache(maxsize=16)

@@ -17,9 +17,6 @@ from torch import Tensor
 from genrec._ops import op
 from genrec.layers.triton._launch import check, on_device, programs_for, tile
 
-PROGRAMS = 4
-"""With sums, on each multiprocessor: many more than run at a time, so that none is left alone at the end."""
-
 
 @triton.jit
 def _activate(y_ptr, z_ptr, rows, width, wide, first, raw_end, sy_row, sy_col,
@@ -148,7 +145,7 @@ def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
     dy = dv.new_empty(rows, heads * 2 * (v_dim + qk_dim))
     block, v_columns, warps = tile(max(v_dim, qk_dim), per_thread=8 if sums else 16)
     qk_columns, v_columns = tile(qk_dim)[1], tile(v_dim)[1]
-    programs = programs_for(dv, triton.cdiv(rows, block), heads, sums, each=PROGRAMS)
+    programs = programs_for(dv, triton.cdiv(rows, block), heads, sums)
     partial = dv.new_zeros(programs if sums else 0, dy.shape[1], dtype=torch.float32)
     if dy.numel():
         with on_device(dv):
