@@ -23,9 +23,9 @@ class TritonBackend:
         """The interpreter, and what failed on a GPU (docs/performance.md)."""
         if INTERPRETED:
             return "Triton's interpreter is for tests"
-        if spec.dtype.itemsize == 2 and (spec.qk_dim % 8 or spec.v_dim % 8):
+        if spec.dtype.itemsize == 2 and any(dim & (dim - 1) for dim in (spec.qk_dim, spec.v_dim)):
             return (
-                "of the head dims that are not multiples of 8, Dqk = 50 with Dv = 25 failed on a GPU in 16 bits, for a "
+                "of the head dims that are not powers of two, Dqk = 50 with Dv = 25 failed on a GPU in 16 bits, for a "
                 "reason not found yet; name it to use it"
             )
         return None
