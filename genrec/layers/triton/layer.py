@@ -144,7 +144,7 @@ def plain_norm(norm: nn.Module, width: int) -> _PlainNorm | None:
     That is a LayerNorm over all `width` columns or a HeadNorm, exactly these classes and without hooks, up to 16384
     columns in a group.
     """
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+    if _has_hooks(norm):
         return None
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if (weight is None) != (bias is None):
@@ -158,11 +158,13 @@ def plain_norm(norm: nn.Module, width: int) -> _PlainNorm | None:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether the projection is a plain one with a bias, whose gradient may be computed on the way."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     # What is compiled may not tell itself things on the side.
-    return (
-        type(linear) is nn.Linear and linear.bias is not None and not any(hooks) and not torch.compiler.is_compiling()
-    )
+    plain = type(linear) is nn.Linear and linear.bias is not None and not _has_hooks(linear)
+    return plain and not torch.compiler.is_compiling()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _projected(linear: nn.Module, gradient: BiasGradient, x: Tensor) -> Tensor:

@@ -143,8 +143,8 @@ def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
     rows, heads, v_dim = dv.shape
     qk_dim = dq.shape[2]
     dy = dv.new_empty(rows, heads * 2 * (v_dim + qk_dim))
-    block, v_columns, warps = tile(max(v_dim, qk_dim), per_thread=8 if sums else 16)
-    qk_columns, v_columns = tile(qk_dim)[1], tile(v_dim)[1]
+    block, _, warps = tile(max(v_dim, qk_dim), per_thread=8 if sums else 16)
+    v_columns, qk_columns = tile(v_dim)[1], tile(qk_dim)[1]
     programs = programs_for(dv, triton.cdiv(rows, block), heads, sums)
     partial = dv.new_zeros(programs if sums else 0, dy.shape[1], dtype=torch.float32)
     if dy.numel():
