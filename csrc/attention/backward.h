@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __gr
     shared.d_out_ring.init(kArrivals);
     shared.work_ring.init(kArrivals + Shape::kPreparers);
     constexpr int kTeam = Shape::Teams::kTeam;
-    if constexpr (Shape::kRelative) shared.bias.ring.init(kArrivals + (sums_tables<Shape>(p) ? kTeam : 0));
-    if constexpr (Shape::kSumsTables) shared.gradient.ds_ring.init(kTeam, kArrivals);
+    if constexpr (Shape::kRelative) shared.bias.ring.init_between_warps(kArrivals + (sums_tables<Shape>(p) ? kTeam : 0));
+    if constexpr (Shape::kSumsTables) shared.gradient.ds_ring.init_between_warps(kTeam, kArrivals);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
   }

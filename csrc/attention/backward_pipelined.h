@@ -165,7 +165,7 @@ struct alignas(1024) PipelinedShared {
   StepRecord steps[2 * kQueryStages];  // record_place says where
   ColumnSight sights[2][64];  // who sees each of a warpgroup's keys
 
-  __device__ void init_more(int consumers) { ds_ring.init(consumers, consumers); }
+  __device__ void init_more(int consumers) { ds_ring.init_between_warps(consumers, consumers); }
 };
 
 // D up to 128: 64 keys for each warpgroup, as in backward.h. Up to 64, 128 queries a step: half the shared memory's

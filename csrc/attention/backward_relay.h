@@ -47,7 +47,7 @@ struct RelayShape {
     StepRecord steps[2 * kQueryStages];
     ColumnSight sights[1][64];
 
-    __device__ void init_more(int) { slope_ring.init(kArrivalsPerWarpgroup, kArrivalsPerWarpgroup); }
+    __device__ void init_more(int) { slope_ring.init_between_warps(kArrivalsPerWarpgroup, kArrivalsPerWarpgroup); }
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
   static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");

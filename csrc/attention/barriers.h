@@ -10,17 +10,27 @@
 
 namespace genrec::attention {
 
+// One lane of a warp arrives for all. compute-sanitizer's racecheck does not follow that: built with
+// -DGENREC_ATTENTION_RACECHECK=ON, each lane arrives for itself.
+#if defined(GENREC_EVERY_LANE_ARRIVES)
+constexpr int kArrivalsPerWarp = 32;
+#else
+constexpr int kArrivalsPerWarp = 1;
+#endif
+
 template <int kStages>
 struct Ring {
   FullBarrier full[kStages];
   EmptyBarrier empty[kStages];
 
+  // Consumers are warps, which `release`; producers are single threads, or warps that `release` as well.
   __device__ void init(int consumers, int producers = 1) {
     for (int s = 0; s < kStages; ++s) {
       full[s].init(producers);
-      empty[s].init(consumers);
+      empty[s].init(consumers * kArrivalsPerWarp);
     }
   }
+  __device__ void init_between_warps(int consumers, int producers = 1) { init(consumers, producers * kArrivalsPerWarp); }
 };
 
 // A place in a ring. `kStart`: parity of the first wait, 1 for the producer, 0 for a consumer.
@@ -45,7 +55,7 @@ constexpr int kArrivalsPerWarpgroup = 4;
 
 __device__ inline void release(const EmptyBarrier& empty) {
   sync_warp();
-  if (threadIdx.x % 32 == 0) empty.arrive();
+  if (threadIdx.x % 32 < kArrivalsPerWarp) empty.arrive();
 }
 
 // Consumer warpgroups issue their matrix products in turn: while one has the tensor cores, the others compute SiLU.

@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
     shared.k_ring.init(kReaders);
     shared.v_ring.init(kReaders);
     shared.work_ring.init(kReaders + Shape::kBiasWarps);
-    if constexpr (Shape::kRelative) shared.bias.ring.init(kReaders);
+    if constexpr (Shape::kRelative) shared.bias.ring.init_between_warps(kReaders);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) prefetch_map(*map);
   }
