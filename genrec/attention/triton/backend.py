@@ -19,16 +19,7 @@ class TritonBackend:
 
     name = "triton"
 
-    def not_in_auto(self, spec: AttentionSpec) -> str | None:
-        """The interpreter, and what failed on a GPU (docs/performance.md)."""
-        if INTERPRETED:
-            return "Triton's interpreter is for tests"
-        if spec.dtype.itemsize == 2 and any(dim & (dim - 1) for dim in (spec.qk_dim, spec.v_dim)):
-            return (
-                "of the head dims that are not powers of two, Dqk = 50 with Dv = 25 failed on a GPU in 16 bits, for a "
-                "reason not found yet; name it to use it"
-            )
-        return None
+    not_in_auto = "Triton's interpreter is for tests" if INTERPRETED else None
 
     def available(self) -> str | None:
         """Why nothing can run here, or None."""

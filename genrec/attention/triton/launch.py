@@ -151,6 +151,7 @@ def launch_forward(call: Call, out: Tensor, config: Config) -> None:
         "out": out,
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),
+        "V_WIDTH": _width_beside(call.v, call.shape),
     }  # fmt: skip
     start(forward_kernel, call, config, call.pieces(config, of_keys=False), arguments)
 
@@ -174,13 +175,30 @@ def start(kernel: Any, call: Call, config: Config, programs: int, arguments: dic
 def descriptor(x: Tensor, rows: int, config: Config) -> Any:
     """A TMA descriptor of (rows, D) blocks of x (T, H, D) seen as rows of all heads; None where TMA can't read it."""
     row, head, _ = x.stride()
-    size, dim = x.element_size(), x.shape[2]
-    aligned = x.data_ptr() % 16 == 0 and row * size % 16 == 0 and head * size % 16 == 0
-    if not config.tma or not aligned or dim != _width(dim) or x.shape[0] == 0:
+    dim = x.shape[2]
+    if not config.tma or not _aligned(x) or dim != _width(dim) or x.shape[0] == 0:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, [x.shape[0], (x.shape[1] - 1) * head + dim], [row, 1], [rows, dim])
+
+
+def _width_beside(v: Tensor, shape: Shape) -> int:
+    """Columns of the forward kernel's tile of v.
+
+    Triton 3.6 computes wrong outputs, or reads what isn't there, from 16-bit tiles of v that have fewer than 64
+    columns, and fewer than q's, where it can't tell that 16 bytes may be read at a time (Dqk = 50 with Dv = 25, say).
+    With 64 columns or as many as q's they are right.
+    """
+    row, head, _ = v.stride()
+    wide = v.shape[2] == shape.v_width and v.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0
+    return shape.v_width if wide or shape.bits != 16 else max(shape.v_width, min(shape.qk_width, 64))
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether each head's row begins at a multiple of 16 bytes."""
+    row, head, _ = x.stride()
+    return x.data_ptr() % 16 == 0 and row * x.element_size() % 16 == 0 and head * x.element_size() % 16 == 0
 
 
 def _width(dim: int) -> int:
