@@ -24,7 +24,7 @@ struct RelayShape {
   static constexpr int kConsumers = 2, kKeyReaders = 1, kSlopeStages = 2;
   static constexpr int kQueryStages = 3, kKeyStages = 1, kValueStages = 1;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kSlopeWords = kQueries / 4;  // of a thread: two scores each
 
   using ScoreMma = decltype(cute::make_tiled_mma(NarrowProduct<Element>{}));
