@@ -1,4 +1,5 @@
-// dQ without a bias, by tiles of queries: a second pass behind one that gives dK and dV (backward_plain.h says where).
+// dQ without a bias, by tiles of queries: a second pass behind one that gives dK and dV (backward_plain.h says where). Of
+// sequences whose dS that pass has left in memory dQ is another kernel's work (backward_stored.h).
 //
 // It computes S and dP once more, seven products in place of five. In exchange nothing is added up in device memory: the
 // fp32 reductions of dQ, one for each pair of tiles, are zeroed before, converted behind, and keep the L2 cache busy for
@@ -71,6 +72,7 @@ __device__ inline void load_queries(const BackwardParams& p, typename Shape::Sha
   Place<Shape::kQueryStages> q(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
   for (int w = add_atomically(p.common.counter, 1);; work.next(), q.next()) {
+    if (p.store.first != nullptr) w = pick_unit<false>(p, w, units);
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -255,6 +257,7 @@ __device__ inline void queries_consume(const BackwardParams& p, typename Shape::
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) queries_kernel(const __grid_constant__ BackwardParams p) {
+  if (p.store.left != nullptr && *p.store.left == 0) return;
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {

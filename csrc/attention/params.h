@@ -79,6 +79,14 @@ struct ForwardParams {
   Output out;
 };
 
+// dS in device memory (ds_store.h).
+struct DsStore {
+  void* data;
+  const int* first;  // (sequences,): cells of the sequences before for each head, or -1: no place. Null: no store
+  const int* left;   // how many sequences have no place
+  const void* zeros;  // a part of a cell
+};
+
 struct BackwardParams {
   CUtensorMap q, k, v, d_out;
   Common common;
@@ -88,7 +96,8 @@ struct BackwardParams {
   float* dq_sum;
   // Null, or (padded tile, head) zeros: how many key tiles have added to that tile of dQ. Fixes the order of sums.
   int* turns;
-  Output dq;  // of a pass of its own (backward_queries.h), which has tiles of queries in its list
+  Output dq;  // of passes of its own (backward_stored.h, backward_queries.h), which have tiles of queries in their lists
+  DsStore store;
 };
 
 struct ConvertParams {

@@ -346,6 +346,16 @@ void load_box(const CUtensorMap& map, FullBarrier& full, Element* to, int column
   });
 }
 
+inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
+  FullBarrier* barrier = &full;
+  emulator::copies.push_back([=] {
+    std::memcpy(to, from, bytes);
+    barrier->receive(bytes);
+  });
+}
+
+inline void store_once(uint32_t* where, uint32_t word) { *where = word; }
+
 inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   auto& addresses = emulator::block().addresses[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
