@@ -24,12 +24,14 @@ struct StoredShape {
   static constexpr bool kCausal = kCausal_;
   static constexpr int kConsumers = kQueries / 64, kStages = 4;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 152;
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / 128, "more registers than there are");
 
+  // Halves of the columns: a product's accumulators must be fewer than the 128 registers that 512 threads start with.
+  static constexpr int kColumns = D / 2;
   using DqMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
-                                 cute::Shape<cute::Int<kQueries>, cute::Int<D>, cute::Int<kKeys>>,
+                                 cute::Shape<cute::Int<kQueries>, cute::Int<kColumns>, cute::Int<kKeys>>,
                                  cute::GMMA::Major::MN, cute::GMMA::Major::MN>(),
       cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>{}));
 

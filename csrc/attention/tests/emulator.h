@@ -474,6 +474,7 @@ template <bool kZero, class A, class B, class C>
 void compute_product(A const& a, B const& b, C& c) {
   constexpr bool kRegisters = decltype(cute::size<0>(a))::value == 8;
   constexpr int kSteps = decltype(cute::size<2>(a))::value, kWidth = 16 * kSteps;
+  constexpr int kColumns = decltype(cute::size<0>(b))::value / 16;  // of one instruction
   const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4, column0 = lane % 4 * 2;
   std::vector<float>& matrix = emulator::block().operand[threadIdx.x / 128];
   if constexpr (kRegisters) {
@@ -494,7 +495,7 @@ void compute_product(A const& a, B const& b, C& c) {
         } else {
           left = float(a(cute::make_coord(row, i), 0, k));
         }
-        sum += left * float(b(cute::make_coord(column, i), 0, k));
+        sum += left * float(b(cute::make_coord(column % kColumns, i), column / kColumns, k));
       }
     }
     c(e) = sum;
