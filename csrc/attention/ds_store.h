@@ -7,12 +7,19 @@
 // again (backward_queries.h).
 #pragma once
 
-#include "attention/params.h"
+#include "attention/schedule.h"
 
 namespace genrec::attention {
 
 constexpr int kCellQueries = 192, kCellKeys = 64, kPartQueries = 48, kPartsOfCell = kCellQueries / kPartQueries;
 constexpr int kPartElements = kPartQueries * kCellKeys, kCellElements = kPartsOfCell * kPartElements;
+
+struct DsStore {
+  void* data;
+  const int* first;  // (sequences,): cells of the sequences before for each head, or -1: no place. Null: no store
+  const int* left;   // how many sequences have no place
+  const void* zeros;  // a part of a cell
+};
 
 // The cells of one sequence and head: rows of cells one after the other, of each all that its queries may see.
 struct StoredSequence {
@@ -37,7 +44,7 @@ struct StoredSequence {
 };
 
 template <class Mask>
-GENREC_HOST_DEVICE StoredSequence stored_sequence(const TileRecord& tile, const Mask& mask) {
+GENREC_HOST_DEVICE inline StoredSequence stored_sequence(const TileRecord& tile, const Mask& mask) {
   return {tile.queries, tile.keys, mask.contexts, mask.rule.causal != 0};
 }
 

@@ -4,7 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include "attention/schedule.h"
+#include "attention/ds_store.h"
 
 namespace genrec::attention {
 
@@ -77,14 +77,6 @@ struct ForwardParams {
   Common common;
   WorkList list;  // tiles of queries
   Output out;
-};
-
-// dS in device memory (ds_store.h).
-struct DsStore {
-  void* data;
-  const int* first;  // (sequences,): cells of the sequences before for each head, or -1: no place. Null: no store
-  const int* left;   // how many sequences have no place
-  const void* zeros;  // a part of a cell
 };
 
 struct BackwardParams {

@@ -1,7 +1,7 @@
 // A plan in device memory: the lengths of the lists of tiles, then the lists, then the places of sequences' dS.
 #pragma once
 
-#include "attention/ds_store.h"
+#include "attention/params.h"
 
 namespace genrec::attention {
 
