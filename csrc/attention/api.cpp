@@ -134,10 +134,29 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
   return 0;
 }
 
+MaskRule mask_rule(const genrec_attention_problem& p) { return {p.target_group, p.window, p.causal}; }
+
+// The most memory that dS may take.
+constexpr int64_t kMostStored = int64_t{4} << 30;
+
+// Cells of dS for each head that are given room. Lengths are not known here: one and a half times what equal ones would
+// take, so that sequences may differ. Those that find no room then have dS computed twice.
+int64_t stored_cells(const genrec_attention_problem& p, const BackwardInstance& one) {
+  if (one.blocks.stored_rows == 0 || p.sequences == 0) return 0;
+  const auto mean = [&](int64_t rows) { return static_cast<int>((rows + p.sequences - 1) / p.sequences); };
+  const int queries = mean(p.query_rows), keys = larger(queries, mean(p.key_rows));
+  const int contexts = p.contexts == nullptr ? 0 : keys - queries + 1;  // some, in the first cells
+  const int64_t cells = int64_t{StoredSequence(queries, keys, contexts, p.causal != 0).cells()} * p.sequences;
+  const int64_t most = kMostStored / (int64_t{kCellElements} * 2 * p.heads);
+  const int64_t wanted = p.sequences > 1 ? cells + cells / 2 : cells;
+  return wanted < most ? wanted : most;
+}
+
 PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0}, {0, 0, 0, 0, 0}};
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0,
+                   backward.blocks.stored_rows}, {}, p.sequences, stored_cells(p, backward)};
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
@@ -220,7 +239,7 @@ Output output(const genrec_attention_tensor* tensor, int dim) {
 }
 
 Common common(const genrec_attention_problem& p, int* counter) {
-  return {{p.target_group, p.window, p.causal}, p.heads, 0.5f * p.alpha, p.scale, p.scales, counter};
+  return {mask_rule(p), p.heads, 0.5f * p.alpha, p.scale, p.scales, counter};
 }
 
 BiasParams bias_params(const genrec_attention_bias& b) {
@@ -242,27 +261,32 @@ int blocks_for(int64_t tiles, int heads, int most) {
   return static_cast<int>(units < most ? units : most);
 }
 
-// The backward pass's memory: counters, the order of sums, the sums of dQ and of the tables.
+// The backward pass's memory: counters, the order of sums, the sums of dQ and of the tables, a part of zeros, dS.
 struct BackwardMemory {
-  int64_t turns_at, sum_at, position_at, time_at, bytes;
+  int64_t turns_at, sum_at, position_at, time_at, zeros_at, stored_at, bytes;
   int position_entries, time_entries, copies;
 
   // `blocks`: of the kernel's launch.
   BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, int blocks) {
     const Backward one = find_backward(p);
     const int64_t tiles = one.kernel.blocks.gathers() ? shape.capacity[one.queries] * p.heads : 0;
-    turns_at = 64;
+    turns_at = 128;
     sum_at = turns_at + (deterministic ? aligned(tiles * 2 * 4) : 0);
     position_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
     copies = blocks * one.kernel.blocks.tables;
     position_entries = p.bias.d_position == nullptr || p.bias.position == nullptr ? 0 : 2 * p.bias.max_positions - 1;
     time_entries = p.bias.d_time == nullptr || p.bias.time == nullptr ? 0 : p.bias.buckets;
     time_at = position_at + aligned(int64_t{copies} * position_entries * 4);
-    bytes = time_at + aligned(int64_t{copies} * time_entries * 4);
+    zeros_at = time_at + aligned(int64_t{copies} * time_entries * 4);
+    const bool stores = one.kernel.blocks.stored_rows > 0;
+    stored_at = zeros_at + (stores ? kPartElements * 2 : 0);
+    bytes = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
   }
 
+  int64_t zeroed() const { return stored_at; }
+
  private:
-  static int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
+  static int64_t aligned(int64_t size) { return (size + 127) / 128 * 128; }
 };
 
 // Blocks of the backward kernel's launch; -1 on errors.
@@ -314,7 +338,7 @@ int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void
   if (plan == nullptr || p.query_offsets == nullptr || p.key_offsets == nullptr)
     return fail("plan, query_offsets and key_offsets must be given");
   const Batch batch{p.query_offsets, p.key_offsets, p.contexts, p.targets, p.sequences};
-  const cudaError_t error = make_plan(batch, plan_shape(p), plan, static_cast<cudaStream_t>(stream));
+  const cudaError_t error = make_plan(batch, mask_rule(p), plan_shape(p), plan, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? 0 : fail("plan_kernel", error);
 }
 
@@ -383,7 +407,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   const auto on = static_cast<cudaStream_t>(stream);
   const BackwardMemory memory(p, shape, deterministic != 0, blocks);
   char* base = static_cast<char*>(workspace);
-  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.bytes), on);
+  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed()), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
   params.list = shape.list(plan, key_list);
   params.dk = output(dk, p.qk_dim);
@@ -391,6 +415,8 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   params.dq = output(dq, p.qk_dim);
   params.dq_sum = reinterpret_cast<float*>(base + memory.sum_at);
   params.turns = deterministic ? reinterpret_cast<int*>(base + memory.turns_at) : nullptr;
+  if (one.blocks.stored_rows > 0)
+    params.store = {base + memory.stored_at, shape.places(plan), shape.without_place(plan), base + memory.zeros_at};
   BiasParams bias = bias_params(p.bias);
   const SumParams position{reinterpret_cast<float*>(base + memory.position_at), memory.copies, memory.position_entries,
                            p.bias.d_position};
@@ -401,6 +427,10 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
     int used = blocks;
+    if (pass == 1 && one.blocks.stored_rows > 0) {
+      params.list = shape.list(plan, kStoredQueries);
+      used = blocks_for(shape.capacity[kStoredQueries], p.heads, most);
+    }
     if (!gathers && pass == one.blocks.passes - 1) {
       if (one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0) return -1;
       params.list = shape.list(plan, query_list);

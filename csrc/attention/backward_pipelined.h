@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention/backward_tiles.h"
+#include "attention/ds_store.h"
 
 namespace genrec::attention {
 
@@ -24,7 +25,7 @@ __device__ inline cutlass::Array<float, 2> unpack(uint32_t word) {
 
 // What the producer tells the consumers of a step, and so saves them the registers to find out.
 struct StepRecord {
-  int64_t place;  // of the query tile among those of dQ, times heads, plus head
+  int64_t place;  // where dQ is gathered: of the query tile among those of dQ, times heads, plus head; else of dS's part
   int row;        // the tile's first row, counted in the key sequence
   int masked, rank;  // rank: key tiles that add to dQ before this one, where the order is fixed
 };
@@ -41,12 +42,37 @@ struct PipelinedWork {
   int head, steps;
 };
 
+// Of the next units from the one taken on, the first whose sequence has a place in the store of dS, or has none.
+template <bool kStored>
+__device__ inline int pick_unit(const BackwardParams& p, int w, int units) {
+  while (w < units && (p.store.first[p.list.tiles[work_unit(w, p.common.heads).tile].sequence] >= 0) != kStored)
+    w = add_atomically(p.common.counter, 1);
+  return w;
+}
+
+// Where dQ of a query tile is gathered.
+struct GatherPlaces {
+  int64_t first;
+  int head, heads;
+
+  __device__ int64_t part(int m, int) const { return (first + m) * heads + head; }
+};
+
 template <class Shape, class Mask>
+__device__ inline auto step_places(const BackwardParams& p, const TileRecord& tile, const Mask& mask, int head) {
+  if constexpr (Shape::kStores) {
+    return CellPlaces(p.store, stored_sequence(tile, mask), tile.sequence, head, p.common.heads);
+  } else {
+    return GatherPlaces{first_padded_tile(tile.query_start, tile.sequence, Shape::kQueries), head, p.common.heads};
+  }
+}
+
+template <class Shape, class Mask, class Places>
 __device__ inline StepRecord step_record(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
-                                         const ColumnBand& band, int head, int m) {
+                                         const ColumnBand& band, const Places& places, int m) {
   constexpr int kQueries = Shape::kQueries;
   StepRecord step;
-  step.place = (first_padded_tile(tile.query_start, tile.sequence, kQueries) + m) * p.common.heads + head;
+  step.place = places.part(m, tile.first / Shape::kKeys);
   step.row = m * kQueries + tile.keys - tile.queries;
   step.masked = !band.all_seen(step.row, step.row + kQueries);
   step.rank = 0;
@@ -175,6 +201,7 @@ template <class Element_, int D_, bool kCausal_, bool kGathers_>
 struct PipelinedShape {
   using Element = Element_;
   static constexpr bool kGathers = kGathers_;  // dQ (backward_gather.h); else that is another kernel's work
+  static constexpr bool kStores = false;       // dS for that kernel (ds_store.h)
   static constexpr int kQueryBox = kGathers ? (D_ <= 64 ? 128 : 64) : kBoxRows, kKeyBox = kGathers ? 128 : kBoxRows;
   static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
   static constexpr bool kCausal = kCausal_, kPacked = D == 64;
@@ -208,16 +235,22 @@ struct PipelinedShape {
   static __device__ int first_key(int warpgroup) { return 64 * warpgroup; }
 };
 
-// As backward_produce, and writes the step records.
+// The warps that load: one K, V and the units of work; one Q, with the steps' records; one dO, where dQ isn't gathered,
+// else the second both; one the records where they say more. One thread for them all would keep more than its 24
+// registers hold, and wait for what it spilled before each load.
+enum class Loader : int { kKeys, kQueries, kGradients, kRecords };
 template <class Shape>
-__device__ inline void pipelined_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+constexpr int kStreamLoaders = Shape::kGathers ? 1 : Shape::kStores ? 3 : 2;  // those that read the units of work
+
+// K and V, in a warp's first lane.
+template <class Shape>
+__device__ inline void load_key_tiles(const BackwardParams& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
   constexpr int D = Shape::D, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
-  constexpr uint32_t kKeyBytes = kTileBytes<Element, kKeys, D>, kQueryBytes = kTileBytes<Element, kQueries, D>;
+  constexpr uint32_t kKeyBytes = kTileBytes<Element, kKeys, D>;
   Place<2> work(1);
   Place<Shape::kKeyStages> keys(1);
   Place<Shape::kValueStages> values(1);
-  Place<Shape::kQueryStages> q(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
   for (int w = add_atomically(p.common.counter, 1);; work.next(), keys.next(), values.next()) {
     shared.work_ring.empty[work.stage].wait(work.parity);
@@ -230,41 +263,82 @@ __device__ inline void pipelined_produce(const BackwardParams& p, typename Shape
     const TileRecord tile = p.list.tiles[unit.tile];
     w = add_atomically(p.common.counter, 1);
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-    const TileRanges ranges = mask.query_tiles(tile.first, tile.first + kKeys, kQueries, tile.queries);
-    const int count = ranges.count();
+    const int count = mask.query_tiles(tile.first, tile.first + kKeys, kQueries, tile.queries).count();
     shared.work[work.stage] = {tile, unit.head, count};
     shared.work_ring.full[work.stage].arrive();
 
-    const auto load_keys = [&](const CUtensorMap& map, auto& ring, auto& buffers, const auto& place) {
+    const auto load = [&](const CUtensorMap& map, auto& ring, auto& buffers, const auto& place) {
       ring.empty[place.stage].wait(place.parity);
       ring.full[place.stage].arrive_and_expect_tx(kKeyBytes);
       load_tile<Element, kKeys, D, Shape::kKeyBox>(map, ring.full[place.stage], buffers[place.stage],
                                                    tile.key_start + tile.first, unit.head);
     };
-    load_keys(p.k, shared.k_ring, shared.k, keys);
-    const ColumnBand band = mask.columns(tile.first, tile.first + kKeys);
-    CUTE_NO_UNROLL
-    for (int i = 0; i < count; ++i) {
-      const int m = ranges.tile(i), row = tile.query_start + m * kQueries;
-      shared.q_ring.empty[q.stage].wait(q.parity);
-      shared.q_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
-      load_tile<Element, kQueries, D, Shape::kQueryBox>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage], row,
-                                                        unit.head);
-      shared.steps[record_place(q, true)] =
-          step_record<Shape>(p, tile, mask, band, unit.head, m);  // while Q is under way
-      shared.q_ring.full[q.stage].arrive();
-      if (i == 0) load_keys(p.v, shared.v_ring, shared.v, values);  // after the first Q: S needs K and Q only
-      shared.d_out_ring.empty[q.stage].wait(q.parity);
-      shared.d_out_ring.full[q.stage].arrive_and_expect_tx(kQueryBytes);
-      load_tile<Element, kQueries, D, Shape::kQueryBox>(p.d_out, shared.d_out_ring.full[q.stage],
-                                                        shared.d_out[q.stage], row, unit.head);
-      q.next();
-    }
-    // A tile that nothing sees has no V: the barrier completes without one, so that phases keep step with K's.
-    if (count == 0) {
+    load(p.k, shared.k_ring, shared.k, keys);
+    if (count > 0) {
+      load(p.v, shared.v_ring, shared.v, values);
+    } else {  // nothing sees the tile, it has no V: the barrier completes without one, so that phases keep step with K's
       shared.v_ring.empty[values.stage].wait(values.parity);
       shared.v_ring.full[values.stage].arrive();
     }
+  }
+}
+
+// Q, the steps' records, dO: a warp, whose first lane loads.
+template <class Shape, bool kLoadsQ, bool kWritesRecords, bool kLoadsDOut>
+__device__ inline void load_query_tiles(const BackwardParams& p, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
+  Place<2> work(0);
+  Place<Shape::kQueryStages> q(1);
+  const bool loads = threadIdx.x % 32 == 0;
+  for (;; work.next()) {
+    shared.work_ring.full[work.stage].wait(work.parity);
+    const TileRecord tile = shared.work[work.stage].tile;
+    const int head = shared.work[work.stage].head;
+    release(shared.work_ring.empty[work.stage]);
+    if (tile.sequence < 0) return;
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges = mask.query_tiles(tile.first, tile.first + kKeys, kQueries, tile.queries);
+    const int count = ranges.count();
+    const ColumnBand band = mask.columns(tile.first, tile.first + kKeys);
+    const auto places = step_places<Shape>(p, tile, mask, head);
+    const auto load = [&](const CUtensorMap& map, auto& ring, auto& buffers, int m) {
+      ring.full[q.stage].arrive_and_expect_tx(kTileBytes<Element, kQueries, D>);
+      load_tile<Element, kQueries, D, Shape::kQueryBox>(map, ring.full[q.stage], buffers[q.stage],
+                                                        tile.query_start + m * kQueries, head);
+    };
+    CUTE_NO_UNROLL
+    for (int i = 0; i < count; ++i, q.next()) {
+      const int m = ranges.tile(i);
+      if constexpr (kLoadsQ || kWritesRecords) shared.q_ring.empty[q.stage].wait(q.parity);
+      if constexpr (kLoadsQ) {
+        if (loads) load(p.q, shared.q_ring, shared.q, m);
+      }
+      if constexpr (kWritesRecords) {
+        if (loads) {
+          shared.steps[record_place(q, true)] = step_record<Shape>(p, tile, mask, band, places, m);
+          shared.q_ring.full[q.stage].arrive();
+        }
+      }
+      if constexpr (kLoadsDOut) {
+        shared.d_out_ring.empty[q.stage].wait(q.parity);
+        if (loads) load(p.d_out, shared.d_out_ring, shared.d_out, m);
+      }
+    }
+  }
+}
+
+template <class Shape>
+__device__ inline void pipelined_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+  const auto loader = static_cast<Loader>(uniform(threadIdx.x / 32));
+  if (loader == Loader::kKeys) {
+    if (threadIdx.x == 0) load_key_tiles<Shape>(p, shared);
+  } else if (loader == Loader::kQueries) {
+    load_query_tiles<Shape, true, !Shape::kStores, Shape::kGathers>(p, shared);
+  } else if (loader == Loader::kGradients && !Shape::kGathers) {
+    load_query_tiles<Shape, false, false, true>(p, shared);
+  } else if (loader == Loader::kRecords && Shape::kStores) {
+    load_query_tiles<Shape, false, true, false>(p, shared);
   }
 }
 
@@ -376,7 +450,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     shared.v_ring.init(Shape::kKeyReaders * kArrivalsPerWarpgroup);
     shared.q_ring.init(kArrivals, 2);  // Q and the step's record
     shared.d_out_ring.init(kArrivals);
-    shared.work_ring.init(kArrivals);
+    shared.work_ring.init(kArrivals + kStreamLoaders<Shape>);
     shared.init_more(kArrivals);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
@@ -385,7 +459,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) pipelined_produce<Shape>(p, shared);
+    pipelined_produce<Shape>(p, shared);
   } else {
     take_registers<Shape::kConsumerRegisters>();
     Consumer(p, shared, warpgroup - 1).run();

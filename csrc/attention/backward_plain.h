@@ -5,12 +5,14 @@
 #include "attention/backward_keys.h"
 #include "attention/backward_queries.h"
 #include "attention/backward_relay.h"
+#include "attention/backward_stored.h"
 #include "attention/dq.h"
 
 namespace genrec::attention {
 
-// Keys gives dK and dV and, where it gathers dQ in sums, that too; else Queries gives dQ. Measured: two passes win at
-// D = 256, and at 128 for sequences of up to some 2,000 rows, gathering for longer ones.
+// Keys gives dK and dV and, where it gathers dQ in sums, that too; else Queries gives dQ, or, of sequences whose dS Keys has
+// left in memory, Stored. Measured: two passes win at D = 256, and at 128 for sequences of up to some 2,000 rows,
+// gathering for longer ones.
 template <class Element, int D, bool kCausal, bool kGathers_>
 struct PlainBackward {
   static constexpr bool kGathers = kGathers_;
@@ -19,6 +21,8 @@ struct PlainBackward {
   using Consumer = cute::conditional_t<
       D == 256, RelayConsumer<Keys>, cute::conditional_t<kGathers, GatherConsumer<Keys>, KeysConsumer<Keys>>>;
   using Queries = QueryShape<Element, D, kCausal>;
+  static constexpr bool kStores = Keys::kStores;
+  using Stored = StoredShape<Element, 256, kCausal>;
   static_assert(kGathers || Keys::kKeyBox == kBoxRows, "the two passes read keys by the same boxes");
 };
 

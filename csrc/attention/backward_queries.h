@@ -1,4 +1,5 @@
-// dQ without a bias, by tiles of queries: a second pass behind one that gives dK and dV (backward_plain.h says where).
+// dQ without a bias, by tiles of queries: a second pass behind one that gives dK and dV (backward_plain.h says where). Of
+// sequences whose dS that pass has left in memory dQ is another kernel's work (backward_stored.h).
 //
 // It computes S and dP once more, seven products in place of five. In exchange nothing is added up in device memory: the
 // fp32 reductions of dQ, one for each pair of tiles, are zeroed before, converted behind, and keep the L2 cache busy for
@@ -58,16 +59,20 @@ struct QueryShape {
   static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
 };
 
+// Who loads: a warp the units of work, Q and dO, one K, one V. One thread for them all would keep more than its 24
+// registers hold, and wait for what it spilled before each load.
+constexpr int kKeyLoaders = 2;  // those that read the units of work
+
+// The units of work, Q and dO, in a warp's first lane.
 template <class Shape>
-__device__ inline void queries_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+__device__ inline void load_queries(const BackwardParams& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
   constexpr int D = Shape::D;
   Place<2> work(1);
   Place<Shape::kQueryStages> q(1);
-  Place<Shape::kKeyStages> k(1);
-  Place<Shape::kValueStages> v(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
-  for (int w = add_atomically(p.common.counter, 1);; work.next()) {
+  for (int w = add_atomically(p.common.counter, 1);; work.next(), q.next()) {
+    if (p.store.first != nullptr) w = pick_unit<false>(p, w, units);
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -79,37 +84,65 @@ __device__ inline void queries_produce(const BackwardParams& p, typename Shape::
     w = add_atomically(p.common.counter, 1);
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     const int i0 = tile.first + tile.keys - tile.queries, i1 = smaller(i0 + Shape::kQueries, tile.keys);
-    const TileRanges ranges = mask.key_tiles(i0, i1, Shape::kKeys);
-    const RowBand band = mask.rows(i0, i1);
-    const int count = ranges.count();
-    shared.work[work.stage] = {tile, unit.head, count};
+    shared.work[work.stage] = {tile, unit.head, mask.key_tiles(i0, i1, Shape::kKeys).count()};
     shared.work_ring.full[work.stage].arrive();
 
-    const auto load_queries = [&](const CUtensorMap& map, auto& ring, auto& buffers) {
+    const auto load = [&](const CUtensorMap& map, auto& ring, auto& buffers) {
       ring.empty[q.stage].wait(q.parity);
       ring.full[q.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kQueries, D>);
       load_tile<Element, Shape::kQueries, D, kBoxRows>(map, ring.full[q.stage], buffers[q.stage],
                                                        tile.query_start + tile.first, unit.head);
     };
-    const auto load_keys = [&](const CUtensorMap& map, auto& ring, auto& buffers, const auto& place, int first) {
-      ring.empty[place.stage].wait(place.parity);
-      ring.full[place.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
-      load_tile<Element, Shape::kKeys, D, kBoxRows>(map, ring.full[place.stage], buffers[place.stage],
-                                                    tile.key_start + first, unit.head);
-    };
-    // In the order in which they are waited for.
-    load_queries(p.q, shared.q_ring, shared.q);
+    load(p.q, shared.q_ring, shared.q);
+    load(p.d_out, shared.d_out_ring, shared.d_out);
+  }
+}
+
+// K with the steps' records, or V: a warp, whose first lane loads.
+template <class Shape, bool kRecords, class Tiles, int kStages>
+__device__ inline void load_keys(const BackwardParams& p, typename Shape::Shared& shared, const CUtensorMap& map,
+                                 Tiles& buffers, Ring<kStages>& ring) {
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D;
+  Place<2> work(0);
+  Place<kStages> place(1);
+  for (;; work.next()) {
+    shared.work_ring.full[work.stage].wait(work.parity);
+    const TileRecord tile = shared.work[work.stage].tile;
+    const int head = shared.work[work.stage].head;
+    release(shared.work_ring.empty[work.stage]);
+    if (tile.sequence < 0) return;
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const int i0 = tile.first + tile.keys - tile.queries, i1 = smaller(i0 + Shape::kQueries, tile.keys);
+    const TileRanges ranges = mask.key_tiles(i0, i1, Shape::kKeys);
+    const RowBand band = mask.rows(i0, i1);
+    const int count = ranges.count();
     CUTE_NO_UNROLL
-    for (int n = 0; n < count; ++n, k.next(), v.next()) {
+    for (int n = 0; n < count; ++n, place.next()) {
       const int first = ranges.tile(n) * Shape::kKeys;
-      load_keys(p.k, shared.k_ring, shared.k, k, first);
-      shared.steps[k.stage] = {first, !band.all_see(first, first + Shape::kKeys)};
-      shared.k_ring.full[k.stage].arrive();
-      if (n == 0) load_queries(p.d_out, shared.d_out_ring, shared.d_out);
-      load_keys(p.v, shared.v_ring, shared.v, v, first);
+      ring.empty[place.stage].wait(place.parity);
+      if (threadIdx.x % 32 == 0) {
+        ring.full[place.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
+        load_tile<Element, Shape::kKeys, D, kBoxRows>(map, ring.full[place.stage], buffers[place.stage],
+                                                      tile.key_start + first, head);
+        if constexpr (kRecords) {
+          shared.steps[place.stage] = {first, !band.all_see(first, first + Shape::kKeys)};
+          ring.full[place.stage].arrive();
+        }
+      }
     }
-    if (count == 0) load_queries(p.d_out, shared.d_out_ring, shared.d_out);
-    q.next();
+  }
+}
+
+template <class Shape>
+__device__ inline void queries_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+  const int warp = uniform(threadIdx.x / 32);
+  if (warp == 0) {
+    if (threadIdx.x == 0) load_queries<Shape>(p, shared);
+  } else if (warp == 1) {
+    load_keys<Shape, true>(p, shared, p.k, shared.k, shared.k_ring);
+  } else if (warp == 2) {
+    load_keys<Shape, false>(p, shared, p.v, shared.v, shared.v_ring);
   }
 }
 
@@ -224,6 +257,7 @@ __device__ inline void queries_consume(const BackwardParams& p, typename Shape::
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) queries_kernel(const __grid_constant__ BackwardParams p) {
+  if (p.store.left != nullptr && *p.store.left == 0) return;
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -232,7 +266,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) queries_kernel(const __gri
     shared.d_out_ring.init(kArrivals);
     shared.k_ring.init(kArrivals, 2);  // K and its record
     shared.v_ring.init(kArrivals);
-    shared.work_ring.init(kArrivals);
+    shared.work_ring.init(kArrivals + kKeyLoaders);
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
   }
@@ -240,7 +274,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) queries_kernel(const __gri
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) queries_produce<Shape>(p, shared);
+    queries_produce<Shape>(p, shared);
   } else {
     take_registers<Shape::kConsumerRegisters>();
     queries_consume<Shape>(p, shared, warpgroup - 1);

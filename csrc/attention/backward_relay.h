@@ -6,6 +6,8 @@
 // Each warpgroup has the order of the forward pass: the products that begin a step are issued before those that end the
 // step before, and what lies between them is computed beside those.
 //
+// The second warpgroup leaves dS in device memory, where there is room for it, for the pass that gives dQ.
+//
 // So Q and dO of a step are in use for about two steps, and the loads need a third stage to arrive in time. 48 queries
 // a step make room for it. S and dP cost 28 cycles of shared memory for 24 of products then.
 #pragma once
@@ -19,12 +21,12 @@ template <class Element_, bool kCausal_>
 struct RelayShape {
   using Element = Element_;
   static constexpr int D = 256, kQueries = 48, kKeys = 64;
-  static constexpr bool kCausal = kCausal_, kGathers = false;
+  static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true;
   static constexpr int kQueryBox = kQueries, kKeyBox = kBoxRows;
   static constexpr int kConsumers = 2, kKeyReaders = 1, kSlopeStages = 2;
   static constexpr int kQueryStages = 3, kKeyStages = 1, kValueStages = 1;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kSlopeWords = kQueries / 4;  // of a thread: two scores each
 
   using ScoreMma = decltype(cute::make_tiled_mma(NarrowProduct<Element>{}));
@@ -53,6 +55,7 @@ struct RelayShape {
   static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
 
   static __device__ int first_key(int) { return 0; }
+  static_assert(kQueries == kPartQueries && kKeys == kCellKeys, "a step's dS is a part of a cell");
 };
 
 template <class Shape>
@@ -163,6 +166,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       issue_product<true>(score_mma, v_tile(_, _, _, values.stage), d_out_tile(_, _, _, at.stage), d_weights);
       if constexpr (kBefore) add_keys();
       const Slopes slopes = take_slopes();  // now: beside products shared memory is slow
+      const int64_t place = this->record(at).place;  // written before the slopes were
       wait_for<kBefore>(d_weights);
       release(shared.d_out_ring.empty[at.stage]);
       at.next();
@@ -173,6 +177,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       }
       if constexpr (kBefore) finish_keys();
       convert<Element>(d_weights, ds);  // now: sooner the last products would still read them
+      keep(ds, place);
     };
     shared.v_ring.full[values.stage].wait(values.parity);
     if (count > 0) {
@@ -186,6 +191,16 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       release(shared.v_ring.empty[values.stage]);
     }
     this->store(dk, 2.f * p.common.half_alpha, p.dk);
+  }
+
+  // dS into its part of a cell: blocks of 8 keys x 8 queries, queries contiguous, each a warp's store of 128 bytes.
+  template <class Operand>
+  __device__ void keep(const Operand& ds, int64_t place) const {
+    if (place < 0) return;
+    uint32_t* to = static_cast<uint32_t*>(p.store.data) + place * (kPartElements / 2) + lane.warp * 64 + lane.lane;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&ds(0));
+    CUTE_UNROLL
+    for (int i = 0; i < kQueries / 4; ++i) store_once(to + i / 2 * (kKeys * 4) + i % 2 * 32, words[i]);
   }
 
   __device__ void give_slopes(const Slopes& slopes) {

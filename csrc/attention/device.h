@@ -101,6 +101,20 @@ __device__ inline void load_box(const CUtensorMap& map, FullBarrier& full, Eleme
   cute::SM90_TMA_LOAD_3D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, to, column, head, row);
 }
 
+// `bytes` bytes to shared memory; `full` has been told of them. Addresses and size are multiples of 16. Read once: the L2
+// cache need not keep them.
+__device__ inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
+  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          cute::cast_smem_ptr_to_uint(to)),
+      "l"(from), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(kHint)
+      : "memory");
+}
+
+// To global memory, where it will be read once.
+__device__ inline void store_once(uint32_t* where, uint32_t word) { __stcs(where, word); }
+
 // Four 8 x 8 matrices of 16-bit elements to shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
 // of each matrix j holds columns 2 (l % 4) and the next of row l / 4 in word j.
 __device__ inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

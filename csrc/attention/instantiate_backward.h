@@ -43,14 +43,19 @@ BackwardInstance plain_backward_instance(const char* dtype) {
   one.launch = [](const BackwardParams& params, const BiasParams&, int pass, int blocks, cudaStream_t stream) {
     if constexpr (!Kernels::kGathers) {
       using Queries = typename Kernels::Queries;
-      if (pass == 1) return launch_plain<Queries>(queries_kernel<Queries>, params, blocks, stream);
+      if (pass == 1 + Kernels::kStores) return launch_plain<Queries>(queries_kernel<Queries>, params, blocks, stream);
+    }
+    if constexpr (Kernels::kStores) {
+      using Stored = typename Kernels::Stored;
+      if (pass == 1) return launch_plain<Stored>(stored_kernel<Stored>, params, blocks, stream);
     }
     return launch_plain<Keys>(pipelined_backward_kernel<Keys, typename Kernels::Consumer>, params, blocks, stream);
   };
   if constexpr (Kernels::kGathers) {
     one.convert = convert_dq<Keys, true>;
   } else {
-    one.blocks.passes = 2, one.blocks.dq_rows = Kernels::Queries::kQueries;
+    one.blocks.passes = 2 + Kernels::kStores, one.blocks.dq_rows = Kernels::Queries::kQueries;
+    if constexpr (Kernels::kStores) one.blocks.stored_rows = Kernels::Stored::kQueries;
   }
   return one;
 }

@@ -15,6 +15,7 @@ struct BackwardBlocks {
   int tables;  // copies of the tables' gradients that each block sums
   int query_box, key_box;  // rows of the copy engine's boxes
   int dq_rows = 0;  // rows of the tiles of a last pass that gives dQ, by boxes of kBoxRows; 0: dQ is gathered in sums
+  int stored_rows = 0;  // rows of the tiles of the pass before that, which gives dQ of dS in memory; 0: there is none
 
   bool gathers() const { return dq_rows == 0; }
   int listed_queries() const { return gathers() ? queries : dq_rows; }

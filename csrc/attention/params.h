@@ -4,7 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include "attention/schedule.h"
+#include "attention/ds_store.h"
 
 namespace genrec::attention {
 
@@ -88,7 +88,8 @@ struct BackwardParams {
   float* dq_sum;
   // Null, or (padded tile, head) zeros: how many key tiles have added to that tile of dQ. Fixes the order of sums.
   int* turns;
-  Output dq;  // of a pass of its own (backward_queries.h), which has tiles of queries in its list
+  Output dq;  // of passes of its own (backward_stored.h, backward_queries.h), which have tiles of queries in their lists
+  DsStore store;
 };
 
 struct ConvertParams {

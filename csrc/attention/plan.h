@@ -1,4 +1,4 @@
-// A plan in device memory: the lengths of the lists of tiles, then the lists.
+// A plan in device memory: the lengths of the lists of tiles, then the lists, then the places of sequences' dS.
 #pragma once
 
 #include "attention/params.h"
@@ -12,7 +12,8 @@ enum PlanList : int {
   kBackwardQueries = 2,
   kBiasedKeys = 3,
   kBiasedQueries = 4,
-  kPlanLists = 5
+  kStoredQueries = 5,  // of sequences whose dS is kept in memory
+  kPlanLists = 6
 };
 
 constexpr int64_t kPlanHeaderBytes = 64;
@@ -20,12 +21,21 @@ constexpr int64_t kPlanHeaderBytes = 64;
 struct PlanShape {
   int size[kPlanLists];          // rows of a tile; 0: no list
   int64_t capacity[kPlanLists];  // tiles that a list has room for
+  int sequences;
+  int64_t cells;  // of dS for each head, that the backward pass has room for
 
-  int64_t bytes() const {
+  int64_t places_at() const {
     int64_t tiles = 0;
     for (int64_t list : capacity) tiles += list;
     return kPlanHeaderBytes + tiles * static_cast<int64_t>(sizeof(TileRecord));
   }
+  int64_t bytes() const { return places_at() + (cells > 0 ? sequences * static_cast<int64_t>(sizeof(int)) : 0); }
+
+  // Of a DsStore: where the cells of each sequence begin, and how many have none.
+  const int* places(const void* plan) const {
+    return reinterpret_cast<const int*>(static_cast<const char*>(plan) + places_at());
+  }
+  const int* without_place(const void* plan) const { return static_cast<const int*>(plan) + kPlanLists; }
 
   // Where list `which` of the plan at `plan` lies.
   WorkList list(const void* plan, int which) const {
@@ -35,6 +45,6 @@ struct PlanShape {
   }
 };
 
-cudaError_t make_plan(const Batch& batch, const PlanShape& shape, void* plan, cudaStream_t stream);
+cudaError_t make_plan(const Batch& batch, const MaskRule& rule, const PlanShape& shape, void* plan, cudaStream_t stream);
 
 }  // namespace genrec::attention

@@ -346,6 +346,16 @@ void load_box(const CUtensorMap& map, FullBarrier& full, Element* to, int column
   });
 }
 
+inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
+  FullBarrier* barrier = &full;
+  emulator::copies.push_back([=] {
+    std::memcpy(to, from, bytes);
+    barrier->receive(bytes);
+  });
+}
+
+inline void store_once(uint32_t* where, uint32_t word) { *where = word; }
+
 inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   auto& addresses = emulator::block().addresses[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
@@ -464,6 +474,7 @@ template <bool kZero, class A, class B, class C>
 void compute_product(A const& a, B const& b, C& c) {
   constexpr bool kRegisters = decltype(cute::size<0>(a))::value == 8;
   constexpr int kSteps = decltype(cute::size<2>(a))::value, kWidth = 16 * kSteps;
+  constexpr int kColumns = decltype(cute::size<0>(b))::value / 16;  // of one instruction
   const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4, column0 = lane % 4 * 2;
   std::vector<float>& matrix = emulator::block().operand[threadIdx.x / 128];
   if constexpr (kRegisters) {
@@ -484,7 +495,7 @@ void compute_product(A const& a, B const& b, C& c) {
         } else {
           left = float(a(cute::make_coord(row, i), 0, k));
         }
-        sum += left * float(b(cute::make_coord(column, i), 0, k));
+        sum += left * float(b(cute::make_coord(column % kColumns, i), column / kColumns, k));
       }
     }
     c(e) = sum;

@@ -7,6 +7,7 @@
 
 #include "attention/backward.h"
 #include "attention/backward_relay.h"
+#include "attention/backward_stored.h"
 #include "attention/forward.h"
 
 using namespace genrec::attention;
@@ -109,6 +110,25 @@ void check_relay() {
   check_operand<R::OutMma, R::kKeys, R::kQueries>();
 }
 
+// dS as RelayConsumer::keep leaves it: word i of lane l of warp w holds queries 8 (i / 2) + 2 (l % 4) and the next of key
+// 16 w + l / 4 + 8 (i % 2), in the part of 48 queries.
+void check_stored() {
+  using S = StoredShape<bf16, 256, false>;
+  const auto layout = CellLayout<bf16, S::kStages>{};
+  for (int s = 0; s < S::kStages; ++s)
+    for (int part = 0; part < kPartsOfCell; ++part)
+      for (int w = 0; w < 4; ++w)
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < kPartQueries / 4; ++i) {
+            const int query = part * kPartQueries + 8 * (i / 2) + l % 4 * 2, key = 16 * w + l / 4 + 8 * (i % 2);
+            const int word = w * 64 + l + i / 2 * 256 + i % 2 * 32;
+            const int want = s * kCellElements + part * kPartElements + 2 * word;
+            check(int(layout(query, key, s)) == want, "dS", query, key);
+            check(int(layout(query + 1, key, s)) == want + 1, "dS", query + 1, key);
+          }
+  check_accumulators<S::DqMma, S::kQueries, S::D>(0);
+}
+
 }  // namespace
 
 int main() {
@@ -117,5 +137,6 @@ int main() {
   check_shapes<128>();
   check_shapes<256>();
   check_relay();
+  check_stored();
   std::printf("ok %ld checks\n", checks);
 }

@@ -1,11 +1,13 @@
-// schedule.h on the host: every tile of every sequence is listed once, long sequences first, in the promised order.
+// schedule.h and ds_store.h on the host: every tile of every sequence is listed once, long sequences first, in the promised
+// order; every part of dS that the backward pass visits has a place of its own.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <set>
 #include <vector>
 
-#include "attention/schedule.h"
+#include "attention/ds_store.h"
 
 using namespace genrec::attention;
 
@@ -88,6 +90,55 @@ void check_batch(const std::vector<int>& queries, const std::vector<int>& keys, 
   check(next <= list_capacity(query_offsets.back(), n, size), "padded tiles outgrow their room", n, size);
 }
 
+// Batches of small sequences with every kind of mask: the parts that query_tiles visits, and the cells that key_tiles does.
+void check_store(unsigned seed) {
+  auto draw = [&seed](int n) { return static_cast<int>((seed = seed * 1664525u + 1013904223u) >> 8) % n; };
+  const int n = 1 + draw(6), heads = 1 + draw(3);
+  std::vector<int> query_offsets{0}, key_offsets{0}, contexts, targets;
+  for (int b = 0; b < n; ++b) {
+    const int keys = draw(4) ? draw(1400) : draw(3), queries = draw(2) ? keys : draw(keys + 1);
+    query_offsets.push_back(query_offsets.back() + queries);
+    key_offsets.push_back(key_offsets.back() + keys);
+    contexts.push_back(draw(3) ? draw(6) : draw(keys + 2));
+    targets.push_back(draw(2) ? draw(keys + 1) : 0);
+  }
+  const MaskRule rule{1 + draw(3), draw(3) ? -1 : draw(700), draw(4) > 0};
+  const Batch batch{query_offsets.data(), key_offsets.data(), contexts.data(), targets.data(), n};
+  auto scratch = std::make_unique<StoreScratch>();
+  const int threads = 1 + draw(9), capacity = draw(2) ? 1 << 20 : draw(200);
+  std::vector<int> first(n, -7);
+  int left = -7;
+  for (int t = 0; t < threads; ++t) store_phase_count(*scratch, batch, rule, t, threads);
+  store_phase_sum(*scratch, &left, threads);
+  for (int t = threads - 1; t >= 0; --t)
+    store_phase_place(*scratch, batch, rule, capacity, first.data(), &left, t, threads);
+  std::set<int64_t> seen;
+  int without = 0;
+  for (int b = 0; b < n; ++b) {
+    without += first[b] < 0;
+    const int queries = query_offsets[b + 1] - query_offsets[b], keys = key_offsets[b + 1] - key_offsets[b];
+    const SequenceMask<false> mask(keys, contexts[b], targets[b], rule);
+    const TileRecord tile{b, 0, query_offsets[b], queries, key_offsets[b], keys, contexts[b], targets[b]};
+    const StoredSequence sequence = stored_sequence(tile, mask);
+    check(sequence.cells() == stored_sequence(batch, rule, b).cells(), "cells", b, sequence.cells());
+    for (int h = 0; h < heads; ++h) {
+      const CellPlaces places({nullptr, first.data(), &left, nullptr}, sequence, b, h, heads);
+      for (int j = 0; j * kCellKeys < keys; ++j) {
+        const TileRanges visited = mask.query_tiles(j * kCellKeys, (j + 1) * kCellKeys, kPartQueries, queries);
+        for (int i = 0; i < visited.count(); ++i) {
+          const int64_t part = places.part(visited.tile(i), j);
+          check((part < 0) == (first[b] < 0), "stored or not", b, j);
+          if (part < 0) continue;
+          check(part < int64_t{capacity} * heads * kPartsOfCell, "a place beyond the room", b, j);
+          check(seen.insert(part).second, "a place twice", visited.tile(i), j);
+        }
+      }
+    }
+  }
+  check(left == without, "sequences without a place", left, without);
+  check(capacity < 1 << 20 || left == 0, "no place in spite of room", left, n);
+}
+
 }  // namespace
 
 int main() {
@@ -108,5 +159,6 @@ int main() {
     const WorkUnit unit = work_unit(w, 3);
     check(unit.tile * 3 + unit.head == w && unit.head < 3, "unit", w, unit.head);
   }
+  for (unsigned seed = 0; seed < 2000; ++seed) check_store(seed * 2654435761u);
   std::printf("ok %ld checks\n", checks);
 }

@@ -1,0 +1,179 @@
+// dQ = dS K at D = 256, with dS as the pass before left it in device memory (ds_store.h): nothing but a matrix product.
+//
+// A persistent block takes 192 queries, 64 for each of its three consumer warpgroups, and goes over the tiles of keys that
+// they see. A cell of dS lies in memory as wgmma reads it, in blocks of 8 x 8, so that one copy brings it. The
+// accumulators leave no room for more; 56 KiB a step for 1,536 cycles of products keep the L2 cache busy for longer than
+// the tensor cores.
+#pragma once
+
+#include "attention/backward_pipelined.h"
+
+namespace genrec::attention {
+
+// (queries, keys, stages) in blocks of 8 x 8, queries contiguous, keys' blocks before queries'.
+template <class Element, int kStages>
+using CellLayout = decltype(cute::tile_to_shape(
+    cute::GMMA::Layout_MN_INTER_Atom<Element>{},
+    cute::Shape<cute::Int<kCellQueries>, cute::Int<kCellKeys>, cute::Int<kStages>>{},
+    cute::Step<cute::_2, cute::_1, cute::_3>{}));
+
+template <class Element_, int D_, bool kCausal_>
+struct StoredShape {
+  using Element = Element_;
+  static constexpr int D = D_, kQueries = kCellQueries, kKeys = kCellKeys, kPart = kPartQueries;
+  static constexpr bool kCausal = kCausal_;
+  static constexpr int kConsumers = kQueries / 64, kStages = 4;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / 128, "more registers than there are");
+
+  // Halves of the columns: a product's accumulators must be fewer than the 128 registers that 512 threads start with.
+  static constexpr int kColumns = D / 2;
+  using DqMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kQueries>, cute::Int<kColumns>, cute::Int<kKeys>>,
+                                 cute::GMMA::Major::MN, cute::GMMA::Major::MN>(),
+      cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>{}));
+
+  struct alignas(1024) Shared {
+    alignas(1024) Element ds[kStages][kCellElements];
+    alignas(1024) Element k[kStages][kKeys * D];
+    Ring<kStages> ring;  // dS and K
+    Ring<2> work_ring;
+    PipelinedWork work[2];
+  };
+  static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
+};
+
+// dS of one tile of keys. Parts that the pass before did not visit, since nothing in them is seen, are zeros.
+template <class Shape, class Mask>
+__device__ inline void load_cell(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
+                                 const CellPlaces& places, bool all_seen, int first, FullBarrier& full,
+                                 typename Shape::Element* to) {
+  using Element = typename Shape::Element;
+  const int row = tile.first / Shape::kQueries, column = first / Shape::kKeys;
+  const Element* from = static_cast<const Element*>(p.store.data) + places.cell(row, column) * kCellElements;
+  if (all_seen) {
+    copy_in_bulk(to, from, kCellElements * sizeof(Element), full);
+    return;
+  }
+  const TileRanges visited = mask.query_tiles(first, first + Shape::kKeys, Shape::kPart, tile.queries);
+  for (int part = 0; part < kPartsOfCell; ++part) {
+    const int m = row * kPartsOfCell + part;
+    const bool there = visited.rank(m) < visited.rank(m + 1);
+    copy_in_bulk(to + part * kPartElements,
+                 there ? from + part * kPartElements : static_cast<const Element*>(p.store.zeros),
+                 kPartElements * sizeof(Element), full);
+  }
+}
+
+template <class Shape>
+__device__ inline void stored_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D, kKeys = Shape::kKeys;
+  Place<2> work(1);
+  Place<Shape::kStages> at(1);
+  const int heads = p.common.heads, units = *p.list.length * heads;
+  for (int w = add_atomically(p.common.counter, 1);; work.next()) {
+    w = pick_unit<true>(p, w, units);
+    shared.work_ring.empty[work.stage].wait(work.parity);
+    if (w >= units) {
+      shared.work[work.stage].tile.sequence = -1;
+      shared.work_ring.full[work.stage].arrive();
+      return;
+    }
+    const WorkUnit unit = work_unit(w, heads);
+    const TileRecord tile = p.list.tiles[unit.tile];
+    w = add_atomically(p.common.counter, 1);
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const int i0 = tile.first + tile.keys - tile.queries, i1 = smaller(i0 + Shape::kQueries, tile.keys);
+    const TileRanges ranges = mask.key_tiles(i0, i1, kKeys);
+    const RowBand band = mask.rows(i0, i1);
+    const CellPlaces places(p.store, stored_sequence(tile, mask), tile.sequence, unit.head, heads);
+    const int count = ranges.count();
+    shared.work[work.stage] = {tile, unit.head, count};
+    shared.work_ring.full[work.stage].arrive();
+    const bool whole = i1 == i0 + Shape::kQueries;
+    CUTE_NO_UNROLL
+    for (int n = 0; n < count; ++n, at.next()) {
+      const int first = ranges.tile(n) * kKeys;
+      FullBarrier& full = shared.ring.full[at.stage];
+      shared.ring.empty[at.stage].wait(at.parity);
+      full.arrive_and_expect_tx(kTileBytes<Element, kKeys, D> + kCellElements * sizeof(Element));
+      load_cell<Shape>(p, tile, mask, places, whole && band.all_see(first, first + kKeys), first, full,
+                       shared.ds[at.stage]);
+      load_tile<Element, kKeys, D, kBoxRows>(p.k, full, shared.k[at.stage], tile.key_start + first, unit.head);
+    }
+  }
+}
+
+template <class Shape>
+__device__ inline void stored_consume(const BackwardParams& p, typename Shape::Shared& shared, int warpgroup) {
+  using namespace cute;
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
+  typename Shape::DqMma dq_mma;
+  const auto slice = dq_mma.get_slice(make_layout(Int<Shape::kConsumers>{}, _128{})(warpgroup));
+  const auto ds_tile = operand_a(slice, make_tensor(make_smem_ptr(shared.ds[0]), CellLayout<Element, kStages>{}));
+  const auto k_columns = operand_b(slice, make_tensor(
+      make_smem_ptr(shared.k[0]), TransposedLayout<Element, kKeys, D, kStages>{}));
+
+  Place<2> work(0);
+  Place<kStages> at(0), done(0);
+  for (;; work.next()) {
+    shared.work_ring.full[work.stage].wait(work.parity);
+    const int count = shared.work[work.stage].steps;
+    if (shared.work[work.stage].tile.sequence < 0) break;
+    Tensor dq = partition_fragment_C(dq_mma, Extent<kQueries, D>{});
+    clear(dq);
+    const auto issue = [&] {
+      shared.ring.full[at.stage].wait(at.parity);
+      issue_product<false>(dq_mma, ds_tile(_, _, _, at.stage), k_columns(_, _, _, at.stage), dq);
+      at.next();
+    };
+    const auto finish = [&](auto pending) {
+      wait_for<decltype(pending)::value>(dq);
+      release(shared.ring.empty[done.stage]);
+      done.next();
+    };
+    if (count > 0) {
+      issue();
+      CUTE_NO_UNROLL
+      for (int n = 1; n < count; ++n) {
+        issue();
+        finish(_1{});
+      }
+      finish(_0{});
+    }
+    const auto& [tile, head, steps] = shared.work[work.stage];
+    const int first = tile.first + 64 * warpgroup;
+    const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
+    store_rows<Element>(dq, 2.f * p.common.half_alpha * scale, p.dq, int64_t{tile.query_start} + first, head, 0,
+                        tile.queries - first);
+    release(shared.work_ring.empty[work.stage]);
+  }
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1) stored_kernel(const __grid_constant__ BackwardParams p) {
+  GENREC_SHARED_MEMORY(memory);
+  auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
+  if (threadIdx.x == 0) {
+    constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;
+    shared.ring.init(kArrivals);
+    shared.work_ring.init(kArrivals);
+    fence_new_barriers();
+    prefetch_map(p.k);
+  }
+  sync_block(Shape::kThreads);
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    give_registers<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) stored_produce<Shape>(p, shared);
+  } else {
+    take_registers<Shape::kConsumerRegisters>();
+    stored_consume<Shape>(p, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace genrec::attention
