@@ -77,8 +77,9 @@ struct BackwardShape {
   static constexpr int kProducerRegisters = !kRelative || (kOwnWarpgroup && D == 128) ? 24 : 40;
   static constexpr int kConsumerRegisters = !kRelative ? 240 : !kOwnWarpgroup ? 232 : D == 128 ? 224 : 208;
   // Whether the bias of a step is there before its scores' products, which are added to it: it is read beside the
-  // products of the step before. At D = 256 the pass for dK and dQ has no registers for that; that for dV lost by it.
-  static constexpr bool kBiasFirst = kRelative && kPart == Part::kAll;
+  // products of the step before. Up to D = 64 the tables' gradients lose more by it than the scores win; at D = 256 the
+  // pass for dK and dQ has no registers for it, that for dV lost.
+  static constexpr bool kBiasFirst = kRelative && kPart == Part::kAll && D > 64;
   // Warps that prepare tiles, by turns.
   static constexpr int kPreparers =
       !kRelative ? 0 : kOwnWarpgroup && D == 128 ? 3 : kOwnWarpgroup || !kSumsTables ? 2 : 1;

@@ -152,11 +152,10 @@ struct BiasGradientWarp {
     lane = settled(lane);
     const TimeKind kind = tile.kind;
     if (kind == TimeKind::kOne) {
-      add_few<0>(block, tile, queries, 0, total, scale);
+      add_few<0>(block, tile, queries, total, scale);
     } else if (kind == TimeKind::kFew) {
       write_reach(own, tile.sign, tile.shift[0]);
-      const BlockEdges edges = Shape::kSumsByProducts ? BlockEdges{0, tile.edges} : edges_of_block(tile, queries);
-      add_between(block, tile, queries, edges, total, scale);
+      add_between(block, tile, queries, total, scale);
     } else {
       const float largest = largest_of(block);
       if (!(largest - largest == 0.f)) {
@@ -201,54 +200,28 @@ struct BiasGradientWarp {
     sync_warp();
   }
 
-  // Which of the tile's edges cut the block, a quarter or half of it: those before `first` lie before all of its pairs,
-  // those from `last` on behind all.
-  struct BlockEdges {
-    int first, last;
-  };
-
-  __device__ BlockEdges edges_of_block(const Tile& tile, int queries) const {
-    const int near[2] = {tile.near[queries + lane], tile.near[queries + lane + 32]};
-    const int own[2] = {reach[lane], reach[lane + 32]};  // written by this lane
-    const int least_near = ~largest_of_warp(larger(~near[0], ~near[1]));
-    const int most_near = largest_of_warp(larger(near[0], near[1]));
-    const int least_reach = ~largest_of_warp(larger(~own[0], ~own[1]));
-    const int most_reach = largest_of_warp(larger(own[0], own[1]));
-    BlockEdges edges{0, 0};
-    CUTE_UNROLL
-    for (int e = 0; e < kFewEdges; ++e) {
-      if (e >= tile.edges) break;
-      const int further = static_cast<int>(tile.shift[e] - tile.shift[0]);
-      if (most_near <= least_reach - further) edges.first = e + 1;
-      if (least_near <= most_reach - further) edges.last = e + 1;
-    }
-    return edges;
-  }
-
-  __device__ void add_between(const char* block, const Tile& tile, int queries, BlockEdges edges, float total,
-                              float scale) {
-    const int count = edges.last - edges.first;
-    if (count == 0) add_few<0>(block, tile, queries, edges.first, total, scale);
-    if (count == 1) add_few<1>(block, tile, queries, edges.first, total, scale);
-    if (count == 2) add_few<2>(block, tile, queries, edges.first, total, scale);
-    if (count == 3) add_few<3>(block, tile, queries, edges.first, total, scale);
+  __device__ void add_between(const char* block, const Tile& tile, int queries, float total, float scale) {
+    const int count = tile.edges;
+    if (count == 1) add_few<1>(block, tile, queries, total, scale);
+    if (count == 2) add_few<2>(block, tile, queries, total, scale);
+    if (count == 3) add_few<3>(block, tile, queries, total, scale);
     if constexpr (kFewEdges > 3) {
-      if (count == 4) add_few<4>(block, tile, queries, edges.first, total, scale);
-      if (count == 5) add_few<5>(block, tile, queries, edges.first, total, scale);
+      if (count == 4) add_few<4>(block, tile, queries, total, scale);
+      if (count == 5) add_few<5>(block, tile, queries, total, scale);
     }
   }
 
-  // kEdges edges from the tile's `first` on cut the block: sums of what lies behind each. Where the warps split the tables
-  // `total` is still to be summed.
+  // kEdges edges cut the tile: sums of what lies behind each. Where the warps split the tables `total` is still to be
+  // summed.
   template <int kEdges>
-  __device__ void add_few(const char* block, const Tile& tile, int queries, int first, float total, float scale) {
+  __device__ void add_few(const char* block, const Tile& tile, int queries, float total, float scale) {
     int near[8], further[kEdges + 1];
     float behind[kEdges + 1];
     if (kEdges > 0) load_near(tile, queries, near);
     CUTE_UNROLL
     for (int e = 0; e < kEdges; ++e) {
       behind[e] = 0.f;
-      further[e] = static_cast<int>(tile.shift[first + e] - tile.shift[0]);
+      further[e] = static_cast<int>(tile.shift[e] - tile.shift[0]);
     }
     constexpr int kUnroll = Shape::kSumsByProducts ? 2 : 4;
 #pragma unroll kUnroll
@@ -279,7 +252,7 @@ struct BiasGradientWarp {
       for (int e = 0; e <= kEdges; ++e) values[e] += float_of(exchange(float_bits(values[e]), lanes));
     }
     if (lane > 0) return;
-    float* sums = &buckets.sums[tile.first + first];
+    float* sums = &buckets.sums[tile.first];
     float old[kEdges + 1];
     CUTE_UNROLL
     for (int e = 0; e <= kEdges; ++e) old[e] = sums[e];
