@@ -73,8 +73,8 @@ struct BackwardShape {
   // eight (what masks spills some then; with 216 ptxas puts a wait behind every wgmma), the warps that prepare the rest.
   static constexpr bool kOwnWarpgroup = kGradientWarps == 4;
   static constexpr int kThreads = 128 * (1 + kConsumers + kOwnWarpgroup);
-  static constexpr int kGradientRegisters = D == 128 ? 40 : 56;
   static constexpr int kProducerRegisters = !kRelative || (kOwnWarpgroup && D == 128) ? 24 : 40;
+  static constexpr int kGradientRegisters = !kOwnWarpgroup ? kProducerRegisters : D == 128 ? 40 : 56;
   static constexpr int kConsumerRegisters = !kRelative ? 240 : !kOwnWarpgroup ? 232 : D == 128 ? 224 : 208;
   // Whether the bias of a step is there before its scores' products, which are added to it: it is read beside the
   // products of the step before. Up to D = 64 the tables' gradients lose more by it than the scores win; at D = 256 the
