@@ -57,11 +57,11 @@ struct BackwardShape {
   using Params = BiasedParams<BackwardParams, kBias>;
   using BiasTile = genrec::attention::BiasTile<kKeys, kQueries>;
   // Of prepared tiles. The warps that sum give them back late, so that two are few; at D = 256 there is no room for more.
-  static constexpr int kBiasStages = D == 256 ? 2 : 4;
+  static constexpr int kBiasStages = D == 256 ? 2 : D == 128 ? 6 : 4;
   using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kKeys, kQueries, kBiasStages>, NoBiasMemory>;
   // The tables' gradients come of dS in shared memory: of the pass that has it.
   static constexpr bool kSumsTables = kRelative && kGivesKeys;
-  static constexpr int kGradientWarps = !kSumsTables ? 0 : D >= 128 ? 2 : 4;
+  static constexpr int kGradientWarps = !kSumsTables ? 0 : D == 256 ? 2 : 4;
   static constexpr bool kSplitTables = D == 256;
   // How diagonals are summed. Measured, as a whole with other changes: additions win from D = 128 on and lose at 64.
   static constexpr bool kSumsByProducts = D <= 64;
@@ -69,18 +69,20 @@ struct BackwardShape {
   using Gradient = cute::conditional_t<
       kSumsTables, GradientMemory<larger(Teams::kCopies, 1), Teams::kBlocks, larger(kScoreBuffers, 1)>, NoBiasMemory>;
 
-  // Four warps that sum have a warpgroup of their own. Up to D = 64, where a step is short and the consumers need fewer
-  // registers; at D = 128 they have none to give: with 216 ptxas puts a wait behind every wgmma.
+  // Four warps that sum have a warpgroup of their own, for which the consumers give registers. At D = 128 they can spare
+  // eight (what masks spills some then; with 216 ptxas puts a wait behind every wgmma), the warps that prepare the rest.
   static constexpr bool kOwnWarpgroup = kGradientWarps == 4;
   static constexpr int kThreads = 128 * (1 + kConsumers + kOwnWarpgroup);
-  static constexpr int kGradientRegisters = 56;
-  static constexpr int kProducerRegisters = kRelative ? 40 : 24;
-  static constexpr int kConsumerRegisters = !kRelative ? 240 : kOwnWarpgroup ? 208 : 232;
+  static constexpr int kProducerRegisters = !kRelative || (kOwnWarpgroup && D == 128) ? 24 : 40;
+  static constexpr int kGradientRegisters = !kOwnWarpgroup ? kProducerRegisters : D == 128 ? 40 : 56;
+  static constexpr int kConsumerRegisters = !kRelative ? 240 : !kOwnWarpgroup ? 232 : D == 128 ? 224 : 208;
   // Whether the bias of a step is there before its scores' products, which are added to it: it is read beside the
-  // products of the step before. At D = 256 the pass for dK and dQ has no registers for that; that for dV lost by it.
-  static constexpr bool kBiasFirst = kRelative && kPart == Part::kAll;
+  // products of the step before. Up to D = 64 the tables' gradients lose more by it than the scores win; at D = 256 the
+  // pass for dK and dQ has no registers for it, that for dV lost.
+  static constexpr bool kBiasFirst = kRelative && kPart == Part::kAll && D > 64;
   // Warps that prepare tiles, by turns.
-  static constexpr int kPreparers = !kRelative ? 0 : kOwnWarpgroup || !kSumsTables ? 2 : 1;
+  static constexpr int kPreparers =
+      !kRelative ? 0 : kOwnWarpgroup && D == 128 ? 3 : kOwnWarpgroup || !kSumsTables ? 2 : 1;
   static_assert(1 + kPreparers + (kOwnWarpgroup ? 0 : kGradientWarps) <= 4, "more roles than warps");
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters + kOwnWarpgroup * kGradientRegisters <=
                     65536 / kThreads / 8 * 8 * (kThreads / 128), "more registers than the launch claims");

@@ -25,6 +25,7 @@ template <class Element, bool kProducts>
 struct DiagonalSums {
   static constexpr int kMargin = 8;  // zeros before and behind each row's 120 entries
   static constexpr int kStride = kMargin + 120 + kMargin;  // 8 banks from row to row
+  static constexpr int kAhead = 4;  // loads under way: shared memory is slow beside the consumers' products
   using Memory = float[8][kStride];
 
   Memory& memory;
@@ -42,17 +43,26 @@ struct DiagonalSums {
 
   // sums[n]: of the pairs with key - query = lane + 32 n - 63. `block`: 64 key rows of 64 queries (score_offset).
   __device__ void add_up(const char* block, float (&sums)[4]) const {
-    const int piece = lane / 8, row = lane % 8;  // which this lane names to the load
-    const int column = (piece ^ row) * 16;
+    const int row = lane % 8;  // which this lane names to the load, of a piece of number lane / 8
+    const char* own_row[2] = {block + row * 128 + (lane / 8 ^ row) * 16, block + row * 128 + (lane / 8 + 4 ^ row) * 16};
+    uint32_t words[kAhead][4];
+    // Pieces (i, (i + t) mod 8) for four i's, the lower ones where n is even; t = n / 2.
+    const auto fetch = [&](int n) {
+      const int down = lane / 8 * 1024 + (n / 2 + n % 2 * 4) * 1024 & 7 * 1024;
+      kProducts ? load_matrices_transposed(own_row[n % 2] + down, words[n % kAhead])
+                : load_matrices(own_row[n % 2] + down, words[n % kAhead]);
+    };
+    CUTE_UNROLL
+    for (int n = 0; n < kAhead; ++n) fetch(n);
     float* own = &memory[lane / 4][kMargin + 62 - lane % 4 * 2];
     CUTE_UNROLL
     for (int t = 0; t < 8; ++t) {
       float pieces[4] = {0.f, 0.f, 0.f, 0.f};  // two entries of s = t, two of s = t - 8
       CUTE_UNROLL
-      for (int i = 0; i < 8; i += 4) {
-        const char* at = block + (piece + i + t & 7) * 1024 + row * 128 + (column ^ i * 16);
-        const int own_pieces = 8 - t - i;  // of s = t, among these four
-        kProducts ? multiply(at, own_pieces, pieces) : add(at, own_pieces, pieces);
+      for (int n = 2 * t; n < 2 * t + 2; ++n) {
+        const int own_pieces = 8 - t - n % 2 * 4;  // of s = t, among these four
+        kProducts ? multiply(words[n % kAhead], own_pieces, pieces) : add(words[n % kAhead], own_pieces, pieces);
+        if (n + kAhead < 16) fetch(n + kAhead);
       }
       // Entries fall with the query.
       *reinterpret_cast<float2*>(own + 8 * t) = make_float2(pieces[1], pieces[0]);
@@ -83,9 +93,7 @@ struct DiagonalSums {
 
  private:
   // Four pieces to sums of the first `own` of them and of the others.
-  __device__ static void add(const char* at, int own, float (&sums)[4]) {
-    uint32_t words[4];
-    load_matrices(at, words);
+  __device__ static void add(const uint32_t (&words)[4], int own, float (&sums)[4]) {
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j) {
       const auto two = two_of<Element>(words[j]);
@@ -96,9 +104,7 @@ struct DiagonalSums {
   }
 
   // The same by products of 16 x 8: the first ones' sum in the upper rows, the others' in the lower ones.
-  __device__ void multiply(const char* at, int own, float (&sums)[4]) const {
-    uint32_t words[4];
-    load_matrices_transposed(at, words);
+  __device__ void multiply(const uint32_t (&words)[4], int own, float (&sums)[4]) const {
     CUTE_UNROLL
     for (int j = 0; j < 4; j += 2) {
       const bool a = j < own, b = j + 1 < own;

@@ -5,8 +5,10 @@
 // Additions of floating-point numbers have a fixed order, and a last kernel adds the copies up.
 //
 // Position: bias_diagonals.h; what it gives is added to the warp's copy by reductions that nobody waits for, and nobody
-// else adds to that copy. Time: a lane reads the 8 queries of number lane % 8 in every fourth key row. Up to five edges
-// are compared with; where buckets are looked up, bias_histogram.h adds.
+// else adds to that copy. Time: up to five edges are compared with; where buckets are looked up, bias_histogram.h adds.
+//
+// Beside the consumers' products a read of shared memory takes some 200 cycles, and a warp waits for its own alone: what a
+// block takes is the number of its waits. So reads are issued some rows before their use.
 #pragma once
 
 #include "attention/bias.h"
@@ -70,33 +72,29 @@ struct BiasGradientWarp {
   __device__ void run() {
     if (sums_time()) clear_buckets();
     if (sums_position()) Diagonals(shared.gradient.diagonals[copy], lane).clear_margins();
-    Place<Shape::kBiasStages> place(0);
-    Place<Shape::kScoreBuffers> ds(0);
-    for (int t = 0; t < warp / Teams::kTeam; ++t) place.next(), ds.next();
     int unit = -1;
-    for (;;) {
-      shared.bias.ring.full[place.stage].wait(place.parity);
-      const BiasStep& step = shared.steps[place.stage];
+    for (uint32_t n = warp / Teams::kTeam;; n += Teams::kTeams) {  // steps: all that is kept of the places in both rings
+      const int stage = n % Shape::kBiasStages, buffer = n % Shape::kScoreBuffers;
+      shared.bias.ring.full[stage].wait(n / Shape::kBiasStages % 2);
+      const BiasStep& step = shared.steps[stage];
       if (step.unit < 0) break;
       if (step.unit != unit) {
         unit = step.unit;
         load_times(step.tile);
       }
-      shared.gradient.ds_ring.full[ds.stage].wait(ds.parity);
-      const char* scores = reinterpret_cast<const char*>(shared.ds[ds.stage]);
-      CUTE_UNROLL
+      shared.gradient.ds_ring.full[buffer].wait(n / Shape::kScoreBuffers % 2);
+      const char* scores = reinterpret_cast<const char*>(shared.ds[buffer]);
+      CUTE_NO_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
         CUTE_NO_UNROLL
         for (int queries = 0; queries < Shape::kQueries; queries += 64) {
           const int keys = first_key(b);
-          add_block(scores + queries / 64 * kKeys * 128 + keys * 128, shared.bias.tiles[place.stage], step,
-                    &times[64 * b], keys, queries);
+          add_block(scores + queries / 64 * kKeys * 128 + keys * 128, shared.bias.tiles[stage], step, &times[64 * b],
+                    keys, queries);
         }
       }
-      release(shared.bias.ring.empty[place.stage]);
-      release(shared.gradient.ds_ring.empty[ds.stage]);
-      CUTE_UNROLL
-      for (int t = 0; t < Teams::kTeams; ++t) place.next(), ds.next();
+      release(shared.bias.ring.empty[stage]);
+      release(shared.gradient.ds_ring.empty[buffer]);
     }
     if (sums_time()) store_buckets();
   }
@@ -110,14 +108,33 @@ struct BiasGradientWarp {
   __device__ int first_key(int b) const { return kSplit ? 64 * b : 64 * (b * Teams::kTeam + warp % Teams::kTeam); }
 
   // Queries `query` (even) and the next of key row `key` of a block.
-  __device__ static auto read(const char* block, int key, int query) {
-    return two_of<Element>(*reinterpret_cast<const uint32_t*>(block + key * 128 + (query * 2 ^ key % 8 * 16)));
+  __device__ static uint32_t read(const char* block, int key, int query) {
+    return *reinterpret_cast<const uint32_t*>(block + key * 128 + (query * 2 ^ key % 8 * 16));
   }
 
-  // The lane's 8 queries of its n-th key row.
-  __device__ int own_key(int n) const { return 4 * n + lane / 8; }
-  __device__ uint4 read_own(const char* block, int n) const {
-    return *reinterpret_cast<const uint4*>(block + own_key(n) * 128 + (lane % 8 * 16 ^ own_key(n) % 8 * 16));
+  // Calls use(words, reach) for the lane's 8 queries of each of its 16 key rows. kAhead reads are under way: beside the
+  // consumers' products shared memory takes some 200 cycles, and nothing else of the warp hides them.
+  template <int kAhead, class Use>
+  __device__ void each_row(const char* block, Use use) const {
+    static_assert(kAhead % 2 == 0 && 16 % kAhead == 0, "rows are unrolled by kAhead, even and odd ones are swizzled apart");
+    const int row = lane / 8, even = row * 128 + (lane % 8 ^ row) * 16;
+    uint4 words[kAhead];
+    int from[kAhead];
+    const auto fetch = [&](int n, int a) {  // row 4 n + lane / 8, n % kAhead = a
+      words[a] = *reinterpret_cast<const uint4*>(block + 512 * n + (even ^ a % 2 * 64));
+      from[a] = reach[4 * n + row];
+    };
+    CUTE_UNROLL
+    for (int a = 0; a < kAhead; ++a) fetch(a, a);
+    CUTE_NO_UNROLL
+    for (int n = 0; n < 16; n += kAhead) {
+      CUTE_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        use(words[a], from[a]);
+        fetch((n + kAhead) % 16 + a, a);  // into the same registers: a copy would wait
+        keep_order();                     // or the assembler would read just before use
+      }
+    }
   }
 
   __device__ void load_near(const Tile& tile, int queries, int (&near)[8]) const {
@@ -152,24 +169,24 @@ struct BiasGradientWarp {
     lane = settled(lane);
     const TimeKind kind = tile.kind;
     if (kind == TimeKind::kOne) {
-      add_few<0>(block, tile, queries, 0, total, scale);
+      add_few<0>(block, tile, queries, total, scale);
     } else if (kind == TimeKind::kFew) {
       write_reach(own, tile.sign, tile.shift[0]);
-      const BlockEdges edges = Shape::kSumsByProducts ? BlockEdges{0, tile.edges} : edges_of_block(tile, queries);
-      add_between(block, tile, queries, edges, total, scale);
+      add_between(block, tile, queries, total, scale);
     } else {
       const float largest = largest_of(block);
       if (!(largest - largest == 0.f)) {
-        add_slowly(block, step.tile, key, query, scale);
+        add_slowly(block, step.tile, own, query, scale);
       } else if (largest > 0.f) {  // or all of it is hidden
         const BucketCounter counter(buckets, lane, largest);
         if (kind == TimeKind::kNear) {
           write_reach(own, 1, tile.base);
           add_near(block, tile, queries, counter);
         } else {
-          add_wide(block, step.tile, key, query, counter);
+          add_wide(block, step.tile, own, query, counter);
         }
-        counter.flush(scale);
+        const bool known = kind == TimeKind::kNear;  // in which buckets the tile's pairs lie
+        counter.flush(scale, known ? tile.first : 0, known ? tile.first + tile.edges : kMostBuckets - 1);
       }
     }
     sync_warp();  // `reach` is written next
@@ -201,60 +218,30 @@ struct BiasGradientWarp {
     sync_warp();
   }
 
-  // Which of the tile's edges cut the block, a quarter or half of it: those before `first` lie before all of its pairs,
-  // those from `last` on behind all.
-  struct BlockEdges {
-    int first, last;
-  };
-
-  __device__ BlockEdges edges_of_block(const Tile& tile, int queries) const {
-    const int near[2] = {tile.near[queries + lane], tile.near[queries + lane + 32]};
-    const int own[2] = {reach[lane], reach[lane + 32]};  // written by this lane
-    const int least_near = ~largest_of_warp(larger(~near[0], ~near[1]));
-    const int most_near = largest_of_warp(larger(near[0], near[1]));
-    const int least_reach = ~largest_of_warp(larger(~own[0], ~own[1]));
-    const int most_reach = largest_of_warp(larger(own[0], own[1]));
-    BlockEdges edges{0, 0};
-    CUTE_UNROLL
-    for (int e = 0; e < kFewEdges; ++e) {
-      if (e >= tile.edges) break;
-      const int further = static_cast<int>(tile.shift[e] - tile.shift[0]);
-      if (most_near <= least_reach - further) edges.first = e + 1;
-      if (least_near <= most_reach - further) edges.last = e + 1;
-    }
-    return edges;
-  }
-
-  __device__ void add_between(const char* block, const Tile& tile, int queries, BlockEdges edges, float total,
-                              float scale) {
-    const int count = edges.last - edges.first;
-    if (count == 0) add_few<0>(block, tile, queries, edges.first, total, scale);
-    if (count == 1) add_few<1>(block, tile, queries, edges.first, total, scale);
-    if (count == 2) add_few<2>(block, tile, queries, edges.first, total, scale);
-    if (count == 3) add_few<3>(block, tile, queries, edges.first, total, scale);
+  __device__ void add_between(const char* block, const Tile& tile, int queries, float total, float scale) {
+    const int count = tile.edges;
+    if (count == 1) add_few<1>(block, tile, queries, total, scale);
+    if (count == 2) add_few<2>(block, tile, queries, total, scale);
+    if (count == 3) add_few<3>(block, tile, queries, total, scale);
     if constexpr (kFewEdges > 3) {
-      if (count == 4) add_few<4>(block, tile, queries, edges.first, total, scale);
-      if (count == 5) add_few<5>(block, tile, queries, edges.first, total, scale);
+      if (count == 4) add_few<4>(block, tile, queries, total, scale);
+      if (count == 5) add_few<5>(block, tile, queries, total, scale);
     }
   }
 
-  // kEdges edges from the tile's `first` on cut the block: sums of what lies behind each. Where the warps split the tables
-  // `total` is still to be summed.
+  // kEdges edges cut the tile: sums of what lies behind each. Where the warps split the tables `total` is still to be
+  // summed.
   template <int kEdges>
-  __device__ void add_few(const char* block, const Tile& tile, int queries, int first, float total, float scale) {
+  __device__ void add_few(const char* block, const Tile& tile, int queries, float total, float scale) {
     int near[8], further[kEdges + 1];
     float behind[kEdges + 1];
     if (kEdges > 0) load_near(tile, queries, near);
     CUTE_UNROLL
     for (int e = 0; e < kEdges; ++e) {
       behind[e] = 0.f;
-      further[e] = static_cast<int>(tile.shift[first + e] - tile.shift[0]);
+      further[e] = static_cast<int>(tile.shift[e] - tile.shift[0]);
     }
-    constexpr int kUnroll = Shape::kSumsByProducts ? 2 : 4;
-#pragma unroll kUnroll
-    for (int n = 0; n < (kEdges > 0 || kSplit ? 16 : 0); ++n) {
-      const uint4 words = read_own(block, n);
-      const int most = kEdges > 0 ? reach[own_key(n)] : 0;
+    const auto add_row = [&](const uint4& words, int from) {
       const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
       CUTE_UNROLL
       for (int q = 0; q < 8; q += 2) {
@@ -262,11 +249,13 @@ struct BiasGradientWarp {
         if (kSplit) total += ds[0] + ds[1];
         CUTE_UNROLL
         for (int e = 0; e < kEdges; ++e) {
-          if (near[q] <= most - further[e]) behind[e] += ds[0];
-          if (near[q + 1] <= most - further[e]) behind[e] += ds[1];
+          if (near[q] <= from - further[e]) behind[e] += ds[0];
+          if (near[q + 1] <= from - further[e]) behind[e] += ds[1];
         }
       }
-    }
+    };
+    constexpr int kAhead = Shape::kGradientRegisters <= 40 || kEdges > 2 ? 2 : 4;
+    if constexpr (kEdges > 0 || kSplit) each_row<kAhead>(block, add_row);
     // Shares of the buckets' sums, then the sums.
     float values[kEdges + 1] = {total};
     CUTE_UNROLL
@@ -279,7 +268,7 @@ struct BiasGradientWarp {
       for (int e = 0; e <= kEdges; ++e) values[e] += float_of(exchange(float_bits(values[e]), lanes));
     }
     if (lane > 0) return;
-    float* sums = &buckets.sums[tile.first + first];
+    float* sums = &buckets.sums[tile.first];
     float old[kEdges + 1];
     CUTE_UNROLL
     for (int e = 0; e <= kEdges; ++e) old[e] = sums[e];
@@ -290,47 +279,70 @@ struct BiasGradientWarp {
   // The largest size in a block.
   __device__ float largest_of(const char* block) const {
     uint32_t largest = 0;  // two at a time: without signs, larger numbers have larger words
-#pragma unroll 4
-    for (int n = 0; n < 16; ++n) {
-      const uint4 words = read_own(block, n);
+    each_row<4>(block, [&](const uint4& words, int) {
       const uint32_t first = larger_halves(words.x & 0x7fff7fff, words.y & 0x7fff7fff);
       largest = larger_halves(largest, larger_halves(first, larger_halves(words.z & 0x7fff7fff, words.w & 0x7fff7fff)));
-    }
+    });
     CUTE_UNROLL
     for (int lanes = 16; lanes > 0; lanes /= 2) largest = larger_halves(largest, exchange(largest, lanes));
     const auto both = two_of<Element>(largest);
     return largest >> 16 > (largest & 0xffff) ? both[1] : both[0];
   }
 
+  // A lane has 4 queries of every second key row. Those of a row are added while the next row's are looked up.
   __device__ void add_near(const char* block, const Tile& tile, int queries, const BucketCounter& counter) const {
-    int near[8];
-    load_near(tile, queries, near);
+    int near[4], size[4];
+    NearInterval found[4];
+    CUTE_UNROLL
+    for (int q = 0; q < 4; q += 2) {
+      const int2 two = *reinterpret_cast<const int2*>(tile.near + queries + lane % 16 * 4 + q);
+      near[q] = two.x, near[q + 1] = two.y;
+    }
+    const int row = lane / 16, first = row * 128 + (lane % 16 / 2 ^ row) * 16 + lane % 2 * 8;
+    uint2 words[2];  // of rows n and n + 1 (of 2 n + lane / 16)
+    int from[2];     // of rows n + 1 and n + 2
+    const auto fetch_words = [&](uint32_t n, int a) {
+      words[a] = *reinterpret_cast<const uint2*>(block + 256 * (n % 32) + (first ^ n % 4 * 32));
+    };
+    const auto fetch_reach = [&](uint32_t n, int a) { from[a] = reach[2 * n % 64 + row]; };
+    const auto look_up = [&](int a, int q) {
+      const int apart = from[a] - near[q];
+      size[q] = apart < 0 ? -apart : apart;
+      found[q] = near_interval_of(shared.bias.buckets, size[q]);
+    };
+    fetch_words(0, 0), fetch_reach(0, 0), fetch_reach(1, 1);
+    CUTE_UNROLL
+    for (int q = 0; q < 4; ++q) look_up(0, q);
     CUTE_NO_UNROLL
-    for (int n = 0; n < 16; ++n) {
-      const uint4 words = read_own(block, n);
-      if (!any_lane((words.x | words.y | words.z | words.w) != 0)) continue;  // hidden
-      const int from = reach[own_key(n)];
-      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-      int bucket[8];
+    for (uint32_t n = 0; n < 32; n += 2) {
       CUTE_UNROLL
-      for (int q = 0; q < 8; ++q) bucket[q] = near_bucket_of(shared.bias.buckets, from - near[q]);
-      CUTE_UNROLL
-      for (int q = 0; q < 8; q += 2) {
-        const auto ds = two_of<Element>(pairs[q / 2]);
-        counter.add(bucket[q], ds[0]);
-        counter.add(bucket[q + 1], ds[1]);
+      for (int a = 0; a < 2; ++a) {
+        int bucket[4];
+        CUTE_UNROLL
+        for (int q = 0; q < 4; ++q) bucket[q] = found[q].bucket + (size[q] >= found[q].edge);
+        fetch_words(n + a + 1, 1 - a), fetch_reach(n + a + 2, a);
+        CUTE_UNROLL
+        for (int q = 0; q < 4; ++q) look_up(1 - a, q);
+        keep_order();
+        CUTE_UNROLL
+        for (int q = 0; q < 4; q += 2) {
+          const auto two = two_of<Element>(q == 0 ? words[a].x : words[a].y);
+          counter.add(bucket[q], two[0]);
+          counter.add(bucket[q + 1], two[1]);
+        }
       }
     }
   }
 
-  __device__ void add_wide(const char* block, const TileRecord& tile, int key, int query,
+  __device__ void add_wide(const char* block, const TileRecord& tile, const int64_t* own, int query,
                            const BucketCounter& counter) const {
-    each_pair(block, tile, key, query, [&](int bucket, float value) { counter.add(bucket, value); });
+    each_pair(block, tile, own, query, [&](int bucket, float value) { counter.add(bucket, value); });
   }
 
   // For what isn't finite: the lanes in turn.
-  __device__ void add_slowly(const char* block, const TileRecord& tile, int key, int query, float scale) const {
-    each_pair(block, tile, key, query, [&](int bucket, float value) {
+  __device__ void add_slowly(const char* block, const TileRecord& tile, const int64_t* own, int query,
+                             float scale) const {
+    each_pair(block, tile, own, query, [&](int bucket, float value) {
       CUTE_NO_UNROLL
       for (int turn = 0; turn < 32; ++turn) {
         if (lane == turn) buckets.sums[bucket] += value * scale;
@@ -339,17 +351,31 @@ struct BiasGradientWarp {
     });
   }
 
-  // Calls use(bucket, value) for two queries of each key row.
+  // Calls use(bucket, value) for two queries of each key row, two rows at a time.
   template <class Use>
-  __device__ void each_pair(const char* block, const TileRecord& tile, int key, int query, Use use) const {
+  __device__ void each_pair(const char* block, const TileRecord& tile, const int64_t* own, int query, Use use) const {
     const TileTimes<false> all(p.bias, tile);
     const int64_t first = all.streamed(query + 2 * lane), second = all.streamed(query + 2 * lane + 1);
+    sync_warp();  // other lanes wrote some of `own`
     CUTE_NO_UNROLL
-    for (int k = 0; k < 64; ++k) {
-      const auto ds = read(block, k, 2 * lane);
-      const int64_t time = all.fixed(key + k);
-      use(bucket_of(shared.bias.buckets, distance_of(time, first)), ds[0]);
-      use(bucket_of(shared.bias.buckets, distance_of(time, second)), ds[1]);
+    for (int k = 0; k < 64; k += 2) {
+      const BucketTables& tables = shared.bias.buckets;
+      uint64_t distances[4];
+      int bucket[4];
+      int64_t edges[4];
+      const uint32_t words[2] = {read(block, k, 2 * lane), read(block, k + 1, 2 * lane)};
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) {  // bucket_of, four side by side
+        distances[j] = distance_of(own[k + j / 2], j % 2 ? second : first);
+        bucket[j] = tables.before[interval_of(distances[j])];
+      }
+      keep_order();
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) edges[j] = tables.edges[bucket[j] + 1];
+      keep_order();
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j)
+        use(bucket[j] + (distances[j] >= static_cast<uint64_t>(edges[j])), two_of<Element>(words[j / 2])[j % 2]);
     }
   }
 

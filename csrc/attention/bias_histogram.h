@@ -12,17 +12,19 @@ namespace genrec::attention {
 
 struct BucketSums {
   static constexpr int kColumns = 8;  // lanes that differ in these three bits never meet
-  int counts[kMostBuckets][kColumns];  // zero between blocks
+  alignas(16) int counts[kMostBuckets][kColumns];  // zero between blocks
   float sums[kMostBuckets];
 };
 
 struct BucketCounter {
   BucketSums& memory;
   const int lane;
+  int* const column;
   float unit, units;  // the value of a count, and its inverse
 
   // `largest`: no value's size is beyond it; finite.
-  __device__ BucketCounter(BucketSums& own, int lane_, float largest) : memory(own), lane(lane_) {
+  __device__ BucketCounter(BucketSums& own, int lane_, float largest)
+      : memory(own), lane(lane_), column(&own.counts[0][lane_ % BucketSums::kColumns]) {
     constexpr int kLeast = 27;  // exponents below would have an inverse beyond fp32's
     const int exponent = larger(static_cast<int>(float_bits(largest) >> 23), kLeast);
     unit = float_of(static_cast<uint32_t>(exponent - 17) << 23);
@@ -33,20 +35,18 @@ struct BucketCounter {
     // The sum's last digit is 1: rounded to the nearest whole number, in the lower bits.
     constexpr float kOnes = 12582912.f;  // 1.5 * 2^23
     const int count = static_cast<int>(float_bits(fmaf(value, units, kOnes)) - 0x4b400000u);
-    add_to_shared(&memory.counts[bucket][lane % BucketSums::kColumns], count);
+    add_to_shared(column + bucket * BucketSums::kColumns, count);
   }
 
-  // All lanes come here, after the block's last addition.
-  __device__ void flush(float scale) const {
+  // All lanes come here, after the block's last addition. Nothing was added to buckets before `first` or behind `last`.
+  __device__ void flush(float scale, int first, int last) const {
     sync_warp();
-    for (int b = lane; b < kMostBuckets; b += 32) {
-      int count = 0;
-      CUTE_UNROLL
-      for (int c = 0; c < BucketSums::kColumns; ++c) {  // by turns: other banks than the other lanes'
-        int& one = memory.counts[b][(c + lane / 4) % BucketSums::kColumns];
-        count += one;
-        one = 0;
-      }
+    CUTE_NO_UNROLL
+    for (int b = first + lane; b <= last; b += 32) {
+      int4* counts = reinterpret_cast<int4*>(memory.counts[b]);
+      const int4 low = counts[0], high = counts[1];
+      counts[0] = counts[1] = int4{0, 0, 0, 0};
+      const int count = low.x + low.y + low.z + low.w + (high.x + high.y + high.z + high.w);
       if (count != 0) memory.sums[b] += unit * static_cast<float>(count) * scale;
     }
     sync_warp();

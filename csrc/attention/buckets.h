@@ -54,10 +54,15 @@ __device__ inline int bucket_of(const BucketTables& tables, uint64_t distance) {
   return before + (distance >= static_cast<uint64_t>(tables.edges[before + 1]));
 }
 
+// Of a distance below 2^30.
+__device__ inline NearInterval near_interval_of(const BucketTables& tables, int size) {
+  return tables.near[interval_of(static_cast<uint32_t>(larger(size, 1)))];
+}
+
 // A distance below 2^30, given as the difference of two numbers of 32 bits.
 __device__ inline int near_bucket_of(const BucketTables& tables, int apart) {
   const int size = apart < 0 ? -apart : apart;
-  const NearInterval found = tables.near[interval_of(static_cast<uint32_t>(larger(size, 1)))];
+  const NearInterval found = near_interval_of(tables, size);
   return found.bucket + (size >= found.edge);
 }
 
