@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from genrec.attention.triton import launch, launch_backward
 from genrec.attention.triton.configs import Config, Kind, Shape, candidates
 
-KINDS: tuple[Kind, ...] = ("forward", "backward", "backward_rows", "backward_tables")
+KINDS: tuple[Kind, ...] = ("forward", "backward", "backward_values", "backward_rows", "backward_tables")
 BIASES = ("none", "both", "position", "time", "dense")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -114,6 +114,8 @@ def compile_kernel(kind: Kind, call: launch.Call, config: Config) -> Any:
             launch.launch_forward(call, out, config)
         elif kind == "backward":
             launch_backward.launch_keys(call, out, gradients, config)
+        elif kind == "backward_values":
+            launch_backward.launch_values(call, out, gradients, config)
         elif kind == "backward_rows":
             gradients.dq = out
             launch_backward.launch_rows(call, out, gradients, config)
@@ -189,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     p.add_argument("--config", help="rows,keys,warps,stages[,tma]; default: the heuristic's")
     p.add_argument("--all", action="store_true", help="every configuration of the tuner's list")
-    p.add_argument("--passes", choices=["one", "tables", "rows"], help="form of the backward pass, not the list's")
+    p.add_argument("--passes", choices=["one", "tables", "rows", "split"], help="form of the backward pass, not the list's")
     p.add_argument("--contexts", action="store_true")
     p.add_argument("--targets", action="store_true")
     p.add_argument("--deterministic", action="store_true")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["forward", "backward", "backward_rows", "backward_tables"]
-Passes = Literal["one", "tables", "rows"]
+Kind = Literal["forward", "backward", "backward_values", "backward_rows", "backward_tables"]
+Passes = Literal["one", "tables", "rows", "split"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ _FORWARD_WITH_BIAS = {
 _BACKWARD = {
     64: [Config(64, 128, 8, 3, passes="rows"), Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 128, 8, 2)],
     128: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2), Config(64, 64, 4, 1)],
-    256: [Config(64, 64, 8, 2, passes="rows"), Config(32, 64, 8, 2), Config(64, 64, 8, 1)],
+    # A second accumulator of 128 keys doesn't fit, and blocks of 64 ask the L2 cache for more than it delivers.
+    256: [Config(32, 128, 8, 2, passes="split"), Config(64, 128, 8, 1, passes="split"),
+          Config(64, 64, 8, 2, passes="rows")],
 }  # fmt: skip
 # With the bias's tables to sum, the registers of one kernel don't suffice: its main loop spills ten times as often.
 _BACKWARD_WITH_BIAS = {
@@ -70,21 +72,31 @@ _BACKWARD_WITH_BIAS = {
 _ROWS = {
     64: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
     128: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
-    256: [Config(64, 64, 8, 1), Config(64, 32, 8, 2)],
+    256: [Config(128, 32, 8, 2), Config(128, 64, 8, 1), Config(64, 64, 8, 2)],
+}
+_ROWS_WITH_BIAS = _ROWS | {256: [Config(64, 64, 8, 1), Config(64, 32, 8, 2)]}
+_VALUES = {
+    64: [Config(64, 128, 8, 3)],
+    128: [Config(64, 128, 8, 2)],
+    256: [Config(64, 128, 8, 2), Config(32, 128, 8, 3)],
 }
 _TABLES = {
     64: [Config(64, 64, 8, 2), Config(64, 128, 8, 2)],
     128: [Config(64, 64, 8, 2), Config(64, 128, 8, 2)],
     256: [Config(64, 64, 8, 1), Config(32, 64, 8, 1)],
 }
-_LISTS = {"forward": _FORWARD, "backward": _BACKWARD, "backward_rows": _ROWS, "backward_tables": _TABLES}
-_WITH_BIAS = {"forward": _FORWARD_WITH_BIAS, "backward": _BACKWARD_WITH_BIAS}
+_LISTS = {
+    "forward": _FORWARD, "backward": _BACKWARD, "backward_values": _VALUES, "backward_rows": _ROWS,
+    "backward_tables": _TABLES,
+}  # fmt: skip
+_WITH_BIAS = {"forward": _FORWARD_WITH_BIAS, "backward": _BACKWARD_WITH_BIAS, "backward_rows": _ROWS_WITH_BIAS}
 # An element of fp32 is three of tf32 on the way to the tensor cores: small blocks, and no product made twice.
 _WIDE = {64: [Config(64, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 32, 8, 1)]}
 _WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 32, 8, 1)]}
 _WIDE_ROWS = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 16, 8, 1)]}
 _WIDE_LISTS = {
-    "forward": _WIDE, "backward": _WIDE_BACKWARD, "backward_rows": _WIDE_ROWS, "backward_tables": _WIDE_BACKWARD
+    "forward": _WIDE, "backward": _WIDE_BACKWARD, "backward_values": _WIDE_BACKWARD, "backward_rows": _WIDE_ROWS,
+    "backward_tables": _WIDE_BACKWARD,
 }  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """The backward pass: which kernels make which gradients, and their launches.
 
-Every form makes dk and dv in the kernel over blocks of keys. `Config.passes` of that kernel says what the rest does:
+Every form makes dk in the kernel over blocks of keys, and dv with it but for "split". `Config.passes` of that kernel
+says what the rest does:
 
 * "one": it adds dq and the gradients of the bias's tables to memory as well.
 * "tables": it adds dq; a kernel over blocks of keys of all heads makes the tables' gradients.
 * "rows": a kernel over blocks of rows makes dq, without additions to memory, and the tables' gradients.
+* "split": "rows", with another launch of the kernel over keys for dv. One more product of scores, but each kernel has
+  one accumulator: wide heads leave no room in registers for two.
 
 Deterministic, dq comes from the kernel over rows in any form, and what adds to a table runs with a copy of it for each
 program.
@@ -57,6 +60,7 @@ class Gradients:
         self.d_dense: Tensor | None = None
         self.copies = 1
         self.passes: Passes = "one"
+        self.split = False
 
     @property
     def shared_dense(self) -> bool:
@@ -73,6 +77,9 @@ class Gradients:
         """Room for the results of such a form."""
         call, device = self.call, self.call.q.device
         tabled = (self.needed[0] and call.position is not None) or (self.needed[1] and call.time is not None)
+        self.split = passes == "split"
+        if self.split:
+            passes = "rows"
         self.passes = passes if tabled or passes == "rows" else "one"
         if call.deterministic and passes == "rows":
             self.passes = "tables" if tabled else "one"
@@ -119,17 +126,19 @@ class Gradients:
 
 
 def launch_all(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
-    """All kernels of a form; `config` is that of the kernel over keys, the others have their own."""
+    """All kernels of a form; `config` is that of the kernel over keys that makes dk, the others have their own."""
     gradients.begin(config.passes)
     if gradients.dq is not None:
         tuning.run("backward_rows", call, lambda c: launch_rows(call, d_out, gradients, c))
     if gradients.passes == "tables":
         tuning.run("backward_tables", call, lambda c: launch_tables(call, d_out, gradients, c))
+    if gradients.split:
+        tuning.run("backward_values", call, lambda c: launch_values(call, d_out, gradients, c))
     launch_keys(call, d_out, gradients, config)
 
 
 def launch_keys(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
-    """dk, dv, the dense bias's gradient and, by the form, dq and the tables' gradients."""
+    """dk, the dense bias's gradient and, by the form, dv, dq and the tables' gradients."""
     pieces = call.pieces(config, of_keys=True)
     tables = _tables("one", gradients, config, pieces, config.keys, config.rows)
     d_dense = gradients.d_dense
@@ -139,16 +148,34 @@ def launch_keys(call: Call, d_out: Tensor, gradients: Gradients, config: Config)
     dq_descriptor = None
     if gradients.dq_sum is not None and call.shape.qk_width == call.q.shape[2]:
         dq_descriptor = descriptor(gradients.dq_sum, config.rows, config)
-    arguments = call.common(config, of_keys=True) | strides("d_out", d_out) | tables | {
+    arguments = _keys_arguments(call, d_out, config) | tables | {
+        "dq_sum": gradients.dq_sum, "dq_descriptor": dq_descriptor,
+        "dk": gradients.dk, "dv": None if gradients.split else gradients.dv, "d_dense": d_dense,
+        **dict(zip(("d_dense_batch", "d_dense_head", "d_dense_row"), dense_strides, strict=True)),
+        "SHARED_DENSE": gradients.shared_dense,
+    }  # fmt: skip
+    _start_parts(backward_kernel, call, config, pieces, arguments)
+
+
+def launch_values(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
+    """dv, in the form "split"."""
+    pieces = call.pieces(config, of_keys=True)
+    nothing = dict.fromkeys(("dk", "dq_sum", "dq_descriptor", "d_position", "d_time", "d_dense"))
+    arguments = _keys_arguments(call, d_out, config) | nothing | {
+        "dv": gradients.dv, "copies": 1, "d_dense_batch": 0, "d_dense_head": 0, "d_dense_row": 0, "SHARED_DENSE": False,
+        "first_work": 0,
+    }  # fmt: skip
+    start(backward_kernel, call, config, pieces, arguments)
+
+
+def _keys_arguments(call: Call, d_out: Tensor, config: Config) -> dict[str, Any]:
+    """The inputs of the kernel over keys."""
+    return call.common(config, of_keys=True) | strides("d_out", d_out) | {
         "d_out": d_out,
         "q_descriptor": descriptor(call.q, config.rows, config),
         "d_out_descriptor": descriptor(d_out, config.rows, config),
-        "dq_sum": gradients.dq_sum, "dq_descriptor": dq_descriptor, "dk": gradients.dk, "dv": gradients.dv,
-        "d_dense": d_dense,
-        **dict(zip(("d_dense_batch", "d_dense_head", "d_dense_row"), dense_strides, strict=True)),
-        "DETERMINISTIC": call.deterministic, "SHARED_DENSE": gradients.shared_dense,
+        "DETERMINISTIC": call.deterministic,
     }  # fmt: skip
-    _start_parts(backward_kernel, call, config, pieces, arguments)
 
 
 def launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:

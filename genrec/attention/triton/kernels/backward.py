@@ -3,6 +3,9 @@
 It makes dk, dv and the gradients of the bias. With dq_sum it adds its share of dq in fp32: one pass over the scores,
 five products a block, where a second pass over the rows would make seven of them. The deterministic mode pays for that
 second pass (`backward_rows`), since the order of additions is not fixed here.
+
+Without dk (then nothing but dv comes of it) or without dv it has one accumulator in place of two: at a head dim of 256
+they don't fit into registers together.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from genrec.attention.triton.kernels.activation import kept, silu_and_slope
+from genrec.attention.triton.kernels.activation import kept, silu, silu_and_slope, silu_slope
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.bias_gradient import add_position_gradient, add_time_gradient
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, query_blocks, visible
@@ -32,7 +35,9 @@ def backward_kernel(
     FAST: tl.constexpr, PRECISION: tl.constexpr, DETERMINISTIC: tl.constexpr, SHARED_DENSE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv, dq_sum are contiguous; d_position is (copies, 2M - 1), d_time (copies, buckets), all fp32 sums.
+    """dk, dv, dq_sum are contiguous, None for what isn't wanted; without dk there is no gradient of scores either.
+
+    d_position is (copies, 2M - 1), d_time (copies, buckets), all fp32 sums.
 
     Tiles of scores are (KEYS, ROWS): their products with rows then take the scores from registers.
     """
@@ -58,15 +63,18 @@ def backward_kernel(
     slope_scale = weight_scale * FACTOR
     k_tile = load_rows(k, None, kv_start, key0, kv_len, k_row, h.to(tl.int64) * k_head, QK_DIM, QK_WIDTH, KEYS, True,
                        True)  # fmt: skip
-    v_tile = load_rows(v, None, kv_start, key0, kv_len, v_row, h.to(tl.int64) * v_head, V_DIM, V_WIDTH, KEYS, True,
-                       True)  # fmt: skip
+    if dk is not None:
+        v_tile = load_rows(v, None, kv_start, key0, kv_len, v_row, h.to(tl.int64) * v_head, V_DIM, V_WIDTH, KEYS, True,
+                           True)  # fmt: skip
     if time_table is not None:
         entry = first_entry(kv_start, b, KEYS) + block
         earliest = tl.load(key_low + entry)
         latest = tl.load(key_high + entry)
         rows_entry = first_entry(q_start, b, ROWS)
-    dk_acc = tl.zeros([KEYS, QK_WIDTH], tl.float32)
-    dv_acc = tl.zeros([KEYS, V_WIDTH], tl.float32)
+    if dk is not None:
+        dk_acc = tl.zeros([KEYS, QK_WIDTH], tl.float32)
+    if dv is not None:
+        dv_acc = tl.zeros([KEYS, V_WIDTH], tl.float32)
     first, low, full_low, full_high, high, target_low, target_high = query_blocks(
         key0, tl.minimum(key0 + KEYS, kv_len), contexts, history_end, kv_len, q_len, ROWS, KEYS, GROUP, WINDOW, CAUSAL,
         num_targets is not None)  # fmt: skip
@@ -96,12 +104,13 @@ def backward_kernel(
                 row_times = None
                 if q_times is not None:
                     row_times = q_times + (q_start - shift)
+            # What enters a sum over rows has to be clean; scores of rows beyond the sequence are hidden.
             q_tile = load_rows(q, q_descriptor, q_start, row0, q_len, q_row, h * q_head, QK_DIM, QK_WIDTH, ROWS, CUT,
-                               True)  # fmt: skip
+                               dk is not None)  # fmt: skip
             x = product(k_tile, tl.trans(q_tile), None, PRECISION) * (alpha * FACTOR)
             d_out_tile = load_rows(d_out, d_out_descriptor, q_start, row0, q_len, d_out_row, h * d_out_head, V_DIM,
-                                   V_WIDTH, ROWS, CUT, True)  # fmt: skip
-            if not BIASED:
+                                   V_WIDTH, ROWS, CUT, dv is not None)  # fmt: skip
+            if dk is not None and not BIASED:
                 d_weight = product(v_tile, tl.trans(d_out_tile), None, PRECISION)
             if time_table is not None:
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, row_earliest,
@@ -112,26 +121,37 @@ def backward_kernel(
             if dense is not None:
                 base = dense + b.to(tl.int64) * dense_batch + h.to(tl.int64) * dense_head
                 x += dense_bias(base, rows[None, :], j, dense_row, (rows < q_len)[None, :] & (j < kv_len)) * FACTOR
-            p, slope = silu_and_slope(x, FAST)
+            if dk is None:
+                p = silu(x, FAST)
+            elif dv is None:
+                slope = silu_slope(x, slope_scale, FAST)
+            else:
+                p, slope = silu_and_slope(x, FAST)
+                slope *= slope_scale
             if CUT:
                 seen = visible(i, j, contexts, history_end, GROUP, WINDOW, CAUSAL, num_contexts is not None,
                                num_targets is not None)  # fmt: skip
                 seen = seen & (rows < q_len)[None, :]
-                p = tl.where(seen, p, 0.0)
             if HAS_DROPOUT:
                 keep = kept(seed, b * heads + h, i, j, dropout)
-                p *= keep
-                slope *= keep
-            dv_acc = product(p.to(d_out_tile.dtype), d_out_tile, dv_acc, PRECISION)
-            if BIASED:
+                if dv is not None:
+                    p *= keep
+                if dk is not None:
+                    slope *= keep
+            if dv is not None:
+                if CUT:
+                    p = tl.where(seen, p, 0.0)
+                dv_acc = product(p.to(d_out_tile.dtype), d_out_tile, dv_acc, PRECISION)
+            if dk is not None and BIASED:
                 # Not earlier: while the bias is looked up, registers are short.
                 d_weight = product(v_tile, tl.trans(d_out_tile), None, PRECISION)
-            # Scaled before it is rounded: fp16 overflows easily.
-            d_score = d_weight * (slope * slope_scale)
-            if CUT:
-                d_score = tl.where(seen, d_score, 0.0)
-            d_rounded = d_score.to(q_tile.dtype)
-            dk_acc = product(d_rounded, q_tile, dk_acc, PRECISION)
+            if dk is not None:
+                # Scaled before it is rounded: fp16 overflows easily.
+                d_score = d_weight * slope
+                if CUT:
+                    d_score = tl.where(seen, d_score, 0.0)
+                d_rounded = d_score.to(q_tile.dtype)
+                dk_acc = product(d_rounded, q_tile, dk_acc, PRECISION)
             if dq_sum is not None:
                 dq = product(tl.trans(d_rounded), k_tile, None, PRECISION) * alpha
                 if dq_descriptor is not None:
@@ -160,9 +180,11 @@ def backward_kernel(
                                       d_position + copy * entries, entries, True, DETERMINISTIC)  # fmt: skip
     r = tl.arange(0, KEYS)[:, None] * heads
     inside = (keys < kv_len)[:, None]
-    d = tl.arange(0, QK_WIDTH)[None, :]
-    tl.store(dk + ((kv_start + key0) * heads + h) * QK_DIM + r * QK_DIM + d, (dk_acc * alpha).to(dk.dtype.element_ty),
-             inside & (d < QK_DIM))  # fmt: skip
-    d = tl.arange(0, V_WIDTH)[None, :]
-    tl.store(dv + ((kv_start + key0) * heads + h) * V_DIM + r * V_DIM + d,
-             (dv_acc * weight_scale).to(dv.dtype.element_ty), inside & (d < V_DIM))  # fmt: skip
+    if dk is not None:
+        d = tl.arange(0, QK_WIDTH)[None, :]
+        tl.store(dk + ((kv_start + key0) * heads + h) * QK_DIM + r * QK_DIM + d,
+                 (dk_acc * alpha).to(dk.dtype.element_ty), inside & (d < QK_DIM))  # fmt: skip
+    if dv is not None:
+        d = tl.arange(0, V_WIDTH)[None, :]
+        tl.store(dv + ((kv_start + key0) * heads + h) * V_DIM + r * V_DIM + d,
+                 (dv_acc * weight_scale).to(dv.dtype.element_ty), inside & (d < V_DIM))  # fmt: skip

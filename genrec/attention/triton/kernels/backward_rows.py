@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from genrec.attention.triton.kernels.activation import kept, silu_and_slope
+from genrec.attention.triton.kernels.activation import kept, silu_slope
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.bias_gradient import add_position_gradient, add_time_gradient
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
@@ -98,10 +98,11 @@ def backward_rows_kernel(
             if dense is not None:
                 base = dense + b.to(tl.int64) * dense_batch + h.to(tl.int64) * dense_head
                 x += dense_bias(base, rows[:, None], j, dense_row, (rows < q_len)[:, None] & (j < kv_len)) * FACTOR
-            _, slope = silu_and_slope(x, FAST)
+            slope = silu_slope(x, slope_scale, FAST)
             if HAS_DROPOUT:
                 slope *= kept(seed, b * heads + h, i, j, dropout)
-            d_score = d_weight * (slope * slope_scale)
+            # Scaled before it is rounded: fp16 overflows easily.
+            d_score = d_weight * slope
             if CUT:
                 seen = visible(i, j, contexts, history_end, GROUP, WINDOW, CAUSAL, num_contexts is not None,
                                num_targets is not None)  # fmt: skip
