@@ -191,7 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     p.add_argument("--config", help="rows,keys,warps,stages[,tma]; default: the heuristic's")
     p.add_argument("--all", action="store_true", help="every configuration of the tuner's list")
-    p.add_argument("--passes", choices=["one", "tables", "rows", "split"], help="form of the backward pass, not the list's")
+    p.add_argument(
+        "--passes", choices=["one", "tables", "rows", "split"], help="form of the backward pass, not the list's"
+    )
     p.add_argument("--contexts", action="store_true")
     p.add_argument("--targets", action="store_true")
     p.add_argument("--deterministic", action="store_true")

@@ -1,5 +1,6 @@
 // The C interface: checks, copy-engine maps, launches.
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -136,8 +137,15 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 
 MaskRule mask_rule(const genrec_attention_problem& p) { return {p.target_group, p.window, p.causal}; }
 
-// The most memory that dS may take.
-constexpr int64_t kMostStored = int64_t{4} << 30;
+// The most memory that dS may take, bytes: GENREC_ATTENTION_STORED_GIB, else 4 GiB. Read once: plans depend on it.
+int64_t most_stored() {
+  static const int64_t most = [] {
+    const char* text = std::getenv("GENREC_ATTENTION_STORED_GIB");
+    const double gib = text == nullptr ? 4 : std::atof(text);
+    return gib > 0 ? static_cast<int64_t>(gib * (int64_t{1} << 30)) : 0;
+  }();
+  return most;
+}
 
 // Cells of dS for each head that are given room. Lengths are not known here: one and a half times what equal ones would
 // take, so that sequences may differ. Those that find no room then have dS computed twice.
@@ -147,7 +155,7 @@ int64_t stored_cells(const genrec_attention_problem& p, const BackwardInstance& 
   const int queries = mean(p.query_rows), keys = larger(queries, mean(p.key_rows));
   const int contexts = p.contexts == nullptr ? 0 : keys - queries + 1;  // some, in the first cells
   const int64_t cells = int64_t{StoredSequence(queries, keys, contexts, p.causal != 0).cells()} * p.sequences;
-  const int64_t most = kMostStored / (int64_t{kCellElements} * 2 * p.heads);
+  const int64_t most = most_stored() / (int64_t{kCellElements} * 2 * p.heads);
   const int64_t wanted = p.sequences > 1 ? cells + cells / 2 : cells;
   return wanted < most ? wanted : most;
 }

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(1024) plan_kernel(const PlanParams p) {
   __shared__ ListScratch scratch;
   const int which = blockIdx.x, thread = threadIdx.x, threads = blockDim.x;
   if (which == kPlanLists) {
-    if (p.cells > 0) place_store(p);
+    if (p.size[kStoredQueries] > 0) place_store(p);
     return;
   }
   if (p.size[which] == 0) return;

@@ -29,7 +29,7 @@ struct PlanShape {
     for (int64_t list : capacity) tiles += list;
     return kPlanHeaderBytes + tiles * static_cast<int64_t>(sizeof(TileRecord));
   }
-  int64_t bytes() const { return places_at() + (cells > 0 ? sequences * static_cast<int64_t>(sizeof(int)) : 0); }
+  int64_t bytes() const { return places_at() + (size[kStoredQueries] > 0 ? sequences * static_cast<int64_t>(sizeof(int)) : 0); }
 
   // Of a DsStore: where the cells of each sequence begin, and how many have none.
   const int* places(const void* plan) const {

@@ -58,7 +58,9 @@ def form(name: str) -> Iterator[None]:
 
 
 @interpreted
-@pytest.mark.parametrize(("case", "passes"), [(case, list(FORMS)[n % len(FORMS)]) for n, case in enumerate(CI_GRID)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "passes"), [(case, list(FORMS)[n % len(FORMS)]) for n, case in enumerate(CI_GRID)], ids=str
+)
 def test_grid(case: Case, passes: str) -> None:
     with form(passes):
         assert_parity("triton", one_head(case), torch.float32)

@@ -58,7 +58,7 @@ _BACKWARD = {
     64: [Config(64, 128, 8, 3, passes="rows"), Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 128, 8, 2)],
     128: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2), Config(64, 64, 4, 1)],
     # A second accumulator of 128 keys doesn't fit, and blocks of 64 ask the L2 cache for more than it delivers.
-    256: [Config(32, 128, 8, 2, passes="split"), Config(64, 128, 8, 1, passes="split"),
+    256: [Config(32, 128, 8, 3, passes="split"), Config(32, 128, 8, 2, passes="split"),
           Config(64, 64, 8, 2, passes="rows")],
 }  # fmt: skip
 # With the bias's tables to sum, the registers of one kernel don't suffice: its main loop spills ten times as often.
@@ -66,13 +66,14 @@ _BACKWARD_WITH_BIAS = {
     64: [Config(64, 128, 8, 2, passes="tables"), Config(64, 128, 8, 3, passes="rows"), Config(64, 128, 8, 2)],
     128: [Config(64, 128, 8, 2, tma=False, passes="tables"), Config(64, 128, 8, 2, passes="rows"),
           Config(64, 128, 8, 2, tma=False)],
-    256: [Config(64, 64, 8, 2, passes="rows"), Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
+    256: [Config(64, 64, 8, 2, passes="rows"), Config(32, 128, 8, 3, passes="split"),
+          Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
 }  # fmt: skip
 # At least as many rows as keys, for the gradient of a position table; the other way round in the kernels over keys.
 _ROWS = {
     64: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
     128: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
-    256: [Config(128, 32, 8, 2), Config(128, 64, 8, 1), Config(64, 64, 8, 2)],
+    256: [Config(128, 32, 8, 3), Config(128, 32, 8, 2), Config(64, 64, 8, 2)],
 }
 _ROWS_WITH_BIAS = _ROWS | {256: [Config(64, 64, 8, 1), Config(64, 32, 8, 2)]}
 _VALUES = {
@@ -112,5 +113,5 @@ def candidates(kind: Kind, shape: Shape) -> list[Config]:
         found = _WITH_BIAS.get(kind, _LISTS[kind])[width]
     if not shape.hopper:  # two thirds of the shared memory, and no descriptors
         found = [replace(c, tma=False, rows=min(c.rows, 64), keys=min(c.keys, 64), warps=4) for c in found]
-        found = [replace(c, stages=1) if width == 256 else c for c in dict.fromkeys(found)]
-    return found
+        found = [replace(c, stages=1) if width == 256 else c for c in found]
+    return list(dict.fromkeys(found))

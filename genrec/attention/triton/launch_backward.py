@@ -6,8 +6,9 @@ says what the rest does:
 * "one": it adds dq and the gradients of the bias's tables to memory as well.
 * "tables": it adds dq; a kernel over blocks of keys of all heads makes the tables' gradients.
 * "rows": a kernel over blocks of rows makes dq, without additions to memory, and the tables' gradients.
-* "split": "rows", with another launch of the kernel over keys for dv. One more product of scores, but each kernel has
-  one accumulator: wide heads leave no room in registers for two.
+* "split": dv, dk, dq and the tables' gradients each come from a kernel of their own; dv and dk from two launches of the
+  one over keys. One more product of scores than "rows", but no kernel has two accumulators: at a head dim of 256 there
+  are no registers for them.
 
 Deterministic, dq comes from the kernel over rows in any form, and what adds to a table runs with a copy of it for each
 program.
@@ -78,12 +79,10 @@ class Gradients:
         call, device = self.call, self.call.q.device
         tabled = (self.needed[0] and call.position is not None) or (self.needed[1] and call.time is not None)
         self.split = passes == "split"
-        if self.split:
-            passes = "rows"
+        if self.split or (call.deterministic and passes == "rows"):
+            passes = "tables"
         self.passes = passes if tabled or passes == "rows" else "one"
-        if call.deterministic and passes == "rows":
-            self.passes = "tables" if tabled else "one"
-        if self.passes == "rows" or call.deterministic:
+        if self.passes == "rows" or self.split or call.deterministic:
             self.dq, self.dq_sum = torch.empty(call.q.shape, dtype=call.q.dtype, device=device), None
         else:
             self.dq, self.dq_sum = None, torch.zeros(call.q.shape, dtype=torch.float32, device=device)
@@ -148,7 +147,7 @@ def launch_keys(call: Call, d_out: Tensor, gradients: Gradients, config: Config)
     dq_descriptor = None
     if gradients.dq_sum is not None and call.shape.qk_width == call.q.shape[2]:
         dq_descriptor = descriptor(gradients.dq_sum, config.rows, config)
-    arguments = _keys_arguments(call, d_out, config) | tables | {
+    arguments = _keys_arguments(call, d_out, config, gradients.split) | tables | {
         "dq_sum": gradients.dq_sum, "dq_descriptor": dq_descriptor,
         "dk": gradients.dk, "dv": None if gradients.split else gradients.dv, "d_dense": d_dense,
         **dict(zip(("d_dense_batch", "d_dense_head", "d_dense_row"), dense_strides, strict=True)),
@@ -161,18 +160,21 @@ def launch_values(call: Call, d_out: Tensor, gradients: Gradients, config: Confi
     """dv, in the form "split"."""
     pieces = call.pieces(config, of_keys=True)
     nothing = dict.fromkeys(("dk", "dq_sum", "dq_descriptor", "d_position", "d_time", "d_dense"))
-    arguments = _keys_arguments(call, d_out, config) | nothing | {
+    arguments = _keys_arguments(call, d_out, config, True) | nothing | {
         "dv": gradients.dv, "copies": 1, "d_dense_batch": 0, "d_dense_head": 0, "d_dense_row": 0, "SHARED_DENSE": False,
         "first_work": 0,
     }  # fmt: skip
     start(backward_kernel, call, config, pieces, arguments)
 
 
-def _keys_arguments(call: Call, d_out: Tensor, config: Config) -> dict[str, Any]:
+def _keys_arguments(call: Call, d_out: Tensor, config: Config, split: bool) -> dict[str, Any]:
     """The inputs of the kernel over keys."""
+    # Neither kernel of the form "split" sums anything over keys: what lies beyond a sequence harms none.
+    k_descriptor, v_descriptor = (descriptor(x, config.keys, config) if split else None for x in (call.k, call.v))
     return call.common(config, of_keys=True) | strides("d_out", d_out) | {
         "d_out": d_out,
         "q_descriptor": descriptor(call.q, config.rows, config),
+        "k_descriptor": k_descriptor, "v_descriptor": v_descriptor,
         "d_out_descriptor": descriptor(d_out, config.rows, config),
         "DETERMINISTIC": call.deterministic,
     }  # fmt: skip
@@ -182,8 +184,11 @@ def launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config)
     """dq and, in the form "rows", the tables' gradients."""
     pieces = call.pieces(config, of_keys=False)
     tables = _tables("rows", gradients, config, pieces, config.rows, config.keys)
+    # Where tables are summed over rows, those beyond a sequence have to be zero.
+    summed = tables["d_position"] is not None or tables["d_time"] is not None
+    q_descriptor, d_out_descriptor = (None if summed else descriptor(x, config.rows, config) for x in (call.q, d_out))
     arguments = call.common(config, of_keys=False) | strides("d_out", d_out) | tables | {
-        "d_out": d_out, "dq": gradients.dq,
+        "d_out": d_out, "dq": gradients.dq, "q_descriptor": q_descriptor, "d_out_descriptor": d_out_descriptor,
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),
     }  # fmt: skip

@@ -20,7 +20,7 @@ def test_stages_name_cases_and_kernels_that_exist() -> None:
             what, dtype, form = rest
             special = what in ("deterministic", "poisoned", "dropout") or what.startswith("foreign")
             assert (form if special else dtype) in gpu_check.DTYPES
-            assert special or form in ("default", "one", "tables", "rows")
+            assert special or form in ("default", "one", "tables", "rows", "split")
             assert what.startswith("real") or what == "dropout" or (dtype if special else what) in NAMES
         elif head == "sweep":
             found = gpu_check.variants(rest[0], int(rest[1]), rest[2] == "1")

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.parity.reference import MaskWords
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from genrec.attention.triton import TritonBackend, configs, launch, ops, tuning  # noqa: E402
+from genrec.attention.triton import TritonBackend, configs, launch, launch_backward, ops, tuning  # noqa: E402
 from genrec.attention.triton.configs import Shape  # noqa: E402
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, query_blocks  # noqa: E402
 from genrec.attention.triton.prepared import Prepared, prepared_for  # noqa: E402
@@ -233,7 +234,34 @@ def test_a_default_has_the_blocks_that_its_kernel_needs() -> None:
         assert len(set(found)) == len(found)
         if bias and bits == 16:
             assert found[0].passes != "one"
-            assert {c.passes for c in found} == {"rows", "tables", "one"}
+            assert {c.passes for c in found} - {"split"} == {"rows", "tables", "one"}
+
+
+def test_wide_heads_without_a_bias_have_a_kernel_for_each_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a head dim of 256 the backward pass is split; its kernels have one accumulator of 128 keys or rows each."""
+    for bias, hopper in product((False, True), (False, True)):
+        found = configs.candidates("backward", configs.Shape(16, 256, 256, bias, hopper, False))
+        assert found[0].passes == ("rows" if bias else "split")
+    assert configs.candidates("backward", configs.Shape(32, 256, 256, False, True, False))[0].passes == "one"
+
+    projection, offsets, _ = _inputs(20)
+    v, q, k = projection.detach().split(16, dim=-1)
+    rest = (None, None, None, None, None, None, None, None, 40, 40, 1, -1, True, 1.0, 0.1, 0.0, 0, False, True)
+    call = launch.Call(q, k, v, offsets, offsets, *rest)
+    call.__dict__["shape"] = configs.Shape(16, 256, 256, False, True, False)
+    started: list[tuple[str, list[str]]] = []
+
+    def start(kernel: Any, call: Any, config: Any, programs: int, arguments: dict[str, Any]) -> None:
+        made = [name for name in ("dq", "dq_sum", "dk", "dv") if arguments.get(name) is not None]
+        started.append((f"{config.rows} x {config.keys}", made))
+
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_kept", dict)
+    monkeypatch.setattr(launch_backward, "start", start)
+    monkeypatch.setattr(launch_backward, "descriptor", lambda *_: None)
+    launch_backward.run_backward(call, torch.randn_like(v), [False, False, False])
+    assert sorted(made for _, made in started) == [["dk"], ["dq"], ["dv"]]
+    assert {blocks for blocks, _ in started} == {"32 x 128", "64 x 128", "128 x 32"}
 
 
 def test_measured_configurations_are_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from genrec.attention.triton.kernels.tiles import load_rows, product, regions, s
 
 @triton.jit(do_not_specialize=["first_work", "copies", "heads", "max_positions", "seed"])
 def backward_kernel(
-    q, k, v, d_out, q_descriptor, d_out_descriptor, dq_sum, dq_descriptor, dk, dv,
+    q, k, v, d_out, q_descriptor, k_descriptor, v_descriptor, d_out_descriptor, dq_sum, dq_descriptor, dk, dv,
     d_position, d_time, d_dense,
     q_offsets, kv_offsets, items, count, num_contexts, num_targets, scales,
     position, time_table, edges, near_edges, kv_times, q_times, row_low, row_high, key_low, key_high, dense,
@@ -37,7 +37,8 @@ def backward_kernel(
 ):  # fmt: skip
     """dk, dv, dq_sum are contiguous, None for what isn't wanted; without dk there is no gradient of scores either.
 
-    d_position is (copies, 2M - 1), d_time (copies, buckets), all fp32 sums.
+    d_position is (copies, 2M - 1), d_time (copies, buckets), all fp32 sums. Descriptors of k and v are given where
+    nothing is summed over keys: they read what lies beyond a sequence as well.
 
     Tiles of scores are (KEYS, ROWS): their products with rows then take the scores from registers.
     """
@@ -61,11 +62,11 @@ def backward_kernel(
     if scales is not None:
         weight_scale = tl.load(scales + b).to(tl.float32)
     slope_scale = weight_scale * FACTOR
-    k_tile = load_rows(k, None, kv_start, key0, kv_len, k_row, h.to(tl.int64) * k_head, QK_DIM, QK_WIDTH, KEYS, True,
-                       True)  # fmt: skip
+    k_tile = load_rows(k, k_descriptor, kv_start, key0, kv_len, k_row, h.to(tl.int64) * k_head, QK_DIM, QK_WIDTH, KEYS,
+                       True, False)  # fmt: skip
     if dk is not None:
-        v_tile = load_rows(v, None, kv_start, key0, kv_len, v_row, h.to(tl.int64) * v_head, V_DIM, V_WIDTH, KEYS, True,
-                           True)  # fmt: skip
+        v_tile = load_rows(v, v_descriptor, kv_start, key0, kv_len, v_row, h.to(tl.int64) * v_head, V_DIM, V_WIDTH,
+                           KEYS, True, False)  # fmt: skip
     if time_table is not None:
         entry = first_entry(kv_start, b, KEYS) + block
         earliest = tl.load(key_low + entry)

@@ -19,7 +19,7 @@ from genrec.attention.triton.kernels.tiles import load_rows, product, regions, s
 
 @triton.jit(do_not_specialize=["copies", "heads", "max_positions", "seed"])
 def backward_rows_kernel(
-    q, k, v, d_out, k_descriptor, v_descriptor, dq, d_position, d_time,
+    q, k, v, d_out, q_descriptor, k_descriptor, v_descriptor, d_out_descriptor, dq, d_position, d_time,
     q_offsets, kv_offsets, items, count, num_contexts, num_targets, scales,
     position, time_table, edges, near_edges, kv_times, q_times, row_low, row_high, key_low, key_high, dense,
     q_row, q_head, k_row, k_head, v_row, v_head, d_out_row, d_out_head, dense_batch, dense_head, dense_row,
@@ -28,7 +28,10 @@ def backward_rows_kernel(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in `forward_kernel` and `backward_kernel`; dq is contiguous. Tiles are (ROWS, KEYS)."""
+    """Arguments as in `forward_kernel` and `backward_kernel`; dq is contiguous. Tiles are (ROWS, KEYS).
+
+    Descriptors of q and d_out are given where nothing is summed over rows: they read beyond a sequence as well.
+    """
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
     copy = (tl.program_id(0) % copies).to(tl.int64)
     work = tl.program_id(0)
@@ -47,10 +50,10 @@ def backward_rows_kernel(
     if scales is not None:
         slope_scale = tl.load(scales + b).to(tl.float32)
     slope_scale = slope_scale * FACTOR
-    q_tile = load_rows(q, None, q_start, row0, q_len, q_row, h.to(tl.int64) * q_head, QK_DIM, QK_WIDTH, ROWS, True,
-                       True)  # fmt: skip
-    d_out_tile = load_rows(d_out, None, q_start, row0, q_len, d_out_row, h.to(tl.int64) * d_out_head, V_DIM, V_WIDTH,
-                           ROWS, True, True)  # fmt: skip
+    q_tile = load_rows(q, q_descriptor, q_start, row0, q_len, q_row, h.to(tl.int64) * q_head, QK_DIM, QK_WIDTH, ROWS,
+                       True, False)  # fmt: skip
+    d_out_tile = load_rows(d_out, d_out_descriptor, q_start, row0, q_len, d_out_row, h.to(tl.int64) * d_out_head,
+                           V_DIM, V_WIDTH, ROWS, True, False)  # fmt: skip
     if time_table is not None:
         entry = first_entry(q_start, b, ROWS) + block
         earliest = tl.load(row_low + entry)

@@ -29,7 +29,7 @@ def load_rows(
     any case: the addresses and predicates of ordinary loads would take the registers that the accumulators need.
     """
     if descriptor is not None:
-        tile = descriptor.load([(start + row).to(tl.int32), column])
+        tile = descriptor.load([(start + row).to(tl.int32), column.to(tl.int32)])
         if CUT and CLEAN:
             return tl.where((row + tl.arange(0, ROWS) < limit)[:, None], tile, 0.0)
         else:
