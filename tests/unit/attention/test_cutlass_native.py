@@ -161,11 +161,11 @@ def test_missing_arguments_are_named(library: ctypes.CDLL) -> None:
 def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
     # At D = 128 short sequences have a pass for dQ; long ones, and D = 64, gather it in sums.
     short, problem = ctypes.byref(_problem()), ctypes.byref(_problem(key_rows=3 * 2048))
-    assert [binding.call("workspace_bytes", short, b, d) for b, d in ((0, 0), (1, 0), (1, 1))] == [64, 64, 64]
+    assert [binding.call("workspace_bytes", short, b, d) for b, d in ((0, 0), (1, 0), (1, 1))] == [64, 128, 128]
     assert binding.call("workspace_bytes", ctypes.byref(_problem(qk_dim=64, v_dim=64)), 1, 0) > 1000 * 4 * 64 * 4
     plain, ordered = (binding.call("workspace_bytes", problem, 1, d) for d in (0, 1))
     # At least a float for each element of q, at most with each of three sequences padded to a tile of 128 rows.
-    assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 64
+    assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 128
     assert plain < ordered < plain + 4096
     assert binding.call("plan_bytes", problem) % 32 == 0
 
@@ -178,6 +178,23 @@ def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes
     assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64])
     # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
     assert binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64])
-    # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one.
-    problem = _problem(qk_dim=256, v_dim=256)
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * short[128] + 2 * short[64])
+    # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; of 192 queries where dS is in
+    # memory, with a place for each sequence's.
+    problem, stored = _problem(qk_dim=256, v_dim=256), 1000 // 192 + 3
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * short[128] + 2 * short[64] + stored) + 12
+
+
+def test_memory_of_ds_is_limited(library: ctypes.CDLL) -> None:
+    """By an environment variable that the library reads once."""
+    words = ("from tests.unit.attention import test_cutlass_native as t; import ctypes; p = t._problem(qk_dim=256, "
+             "v_dim=256); print(t.binding.call('workspace_bytes', ctypes.byref(p), 1, 0))")  # fmt: skip
+
+    def taken(gib: str | None) -> int:
+        environment = {name: x for name, x in os.environ.items() if name != "GENREC_ATTENTION_STORED_GIB"}
+        environment |= {} if gib is None else {"GENREC_ATTENTION_STORED_GIB": gib}
+        done = subprocess.run([sys.executable, "-c", words], cwd=SOURCES.parent, env=environment, capture_output=True,
+                              text=True, check=True)  # fmt: skip
+        return int(done.stdout)
+
+    none, few, all_ = taken("0"), taken("0.001"), taken(None)
+    assert none < few <= none + 2**30 // 1000 < all_
