@@ -1,4 +1,4 @@
-// What the backward kernels over tiles of keys without a bias share: shapes, the loading thread, weights, derivatives.
+// What the backward kernels over tiles of keys without a bias share: shapes, the loading warps, weights, derivatives.
 //
 // The work is that of backward.h. The consumers differ (backward_gather.h, backward_keys.h, backward_relay.h); all keep
 // products queued for the tensor cores, across steps too. Weights and derivatives are masked and rounded pair by pair as
