@@ -36,7 +36,8 @@ PROOF = [
     "deterministic:long_targets:bf16", "real64:bf16:default", "real256:bf16:default", "real256:fp16:default",
 ]  # fmt: skip
 MORE = [
-    "long_targets:bf16:tables", "real128:bf16:one", "query_times:bf16:default", "targets-both:fp16:default",
+    "long_targets:bf16:tables", "real128:bf16:one", "real256:bf16:split", "causal-both:fp32:split",
+    "query_times:bf16:default", "targets-both:fp16:default",
     "contexts_targets_window-both:bf16:default", "long_full:bf16:default", "poisoned:long_targets:bf16",
     "foreign8:long_full:bf16", "causal-dense:bf16:default", "dims25x25_h2:bf16:default", "dropout:250:fp32",
 ]  # fmt: skip
@@ -70,8 +71,9 @@ def variants(kind: str, dim: int, bias: bool) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{kind: config} for config in candidates(kind, shape)]  # type: ignore[arg-type]
     if kind == "backward":
         for config in [c[kind] for c in found]:
-            other = {"rows": "backward_rows", "tables": "backward_tables"}.get(config.passes)
-            found += [{kind: config, other: c} for c in candidates(other, shape)[1:]] if other else []  # type: ignore[arg-type]
+            others = {"rows": ["backward_rows"], "tables": ["backward_tables"],
+                      "split": ["backward_values", "backward_rows"]}.get(config.passes, [])  # fmt: skip
+            found += [{kind: config, other: c} for other in others for c in candidates(other, shape)[1:]]  # type: ignore[arg-type]
     more = {
         ("forward", 128): [Config(64, 128, 4, 2), Config(128, 64, 8, 4)],
         ("backward", 128): [Config(64, 128, 8, 2, False, "rows"), Config(32, 128, 8, 2, True, "rows")],
