@@ -287,7 +287,7 @@ struct BackwardMemory {
     time_at = position_at + aligned(int64_t{copies} * position_entries * 4);
     zeros_at = time_at + aligned(int64_t{copies} * time_entries * 4);
     const bool stores = one.kernel.blocks.stored_rows > 0;
-    stored_at = zeros_at + (stores ? kPartElements * 2 : 0);
+    stored_at = zeros_at + (stores ? kLargestPart * 2 : 0);
     bytes = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
   }
 

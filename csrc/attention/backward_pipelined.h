@@ -55,7 +55,7 @@ struct GatherPlaces {
   int64_t first;
   int head, heads;
 
-  __device__ int64_t part(int m, int) const { return (first + m) * heads + head; }
+  __device__ int64_t part(int m) const { return (first + m) * heads + head; }
 };
 
 template <class Shape, class Mask>
@@ -67,12 +67,22 @@ __device__ inline auto step_places(const BackwardParams& p, const TileRecord& ti
   }
 }
 
+template <class Shape>
+__device__ inline int64_t step_place(const GatherPlaces& places, int m, int) {
+  return places.part(m);
+}
+
+template <class Shape>
+__device__ inline int64_t step_place(const CellPlaces& places, int m, int first_key) {
+  return places.part<typename Shape::Parts>(m, first_key / kCellKeys);
+}
+
 template <class Shape, class Mask, class Places>
 __device__ inline StepRecord step_record(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
                                          const ColumnBand& band, const Places& places, int m) {
   constexpr int kQueries = Shape::kQueries;
   StepRecord step;
-  step.place = places.part(m, tile.first / Shape::kKeys);
+  step.place = step_place<Shape>(places, m, tile.first);
   step.row = m * kQueries + tile.keys - tile.queries;
   step.masked = !band.all_seen(step.row, step.row + kQueries);
   step.rank = 0;

@@ -22,7 +22,7 @@ struct PlainBackward {
       D == 256, RelayConsumer<Keys>, cute::conditional_t<kGathers, GatherConsumer<Keys>, KeysConsumer<Keys>>>;
   using Queries = QueryShape<Element, D, kCausal>;
   static constexpr bool kStores = Keys::kStores;
-  using Stored = StoredShape<Element, 256, kCausal>;
+  using Stored = StoredShape<Element, 256, kCausal, CellParts<48>>;
   static_assert(kGathers || Keys::kKeyBox == kBoxRows, "the two passes read keys by the same boxes");
 };
 

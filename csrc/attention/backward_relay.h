@@ -55,7 +55,8 @@ struct RelayShape {
   static_assert(fits_registers(kProducerRegisters, kConsumerRegisters), "more registers than the block was given");
 
   static __device__ int first_key(int) { return 0; }
-  static_assert(kQueries == kPartQueries && kKeys == kCellKeys, "a step's dS is a part of a cell");
+  using Parts = CellParts<kQueries>;
+  static_assert(kKeys == kCellKeys, "a step's dS is a part of a cell");
 };
 
 template <class Shape>
@@ -197,7 +198,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
   template <class Operand>
   __device__ void keep(const Operand& ds, int64_t place) const {
     if (place < 0) return;
-    uint32_t* to = static_cast<uint32_t*>(p.store.data) + place * (kPartElements / 2) + lane.warp * 64 + lane.lane;
+    uint32_t* to = static_cast<uint32_t*>(p.store.data) + place * (Shape::Parts::kElements / 2) + lane.warp * 64 + lane.lane;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&ds(0));
     CUTE_UNROLL
     for (int i = 0; i < kQueries / 4; ++i) store_once(to + i / 2 * (kKeys * 4) + i % 2 * 32, words[i]);

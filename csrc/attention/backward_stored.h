@@ -17,10 +17,12 @@ using CellLayout = decltype(cute::tile_to_shape(
     cute::Shape<cute::Int<kCellQueries>, cute::Int<kCellKeys>, cute::Int<kStages>>{},
     cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-template <class Element_, int D_, bool kCausal_>
+// `Parts_`: those of the pass that wrote dS.
+template <class Element_, int D_, bool kCausal_, class Parts_>
 struct StoredShape {
   using Element = Element_;
-  static constexpr int D = D_, kQueries = kCellQueries, kKeys = kCellKeys, kPart = kPartQueries;
+  static constexpr int D = D_, kQueries = kCellQueries, kKeys = kCellKeys;
+  using Parts = Parts_;
   static constexpr bool kCausal = kCausal_;
   static constexpr int kConsumers = kQueries / 64, kStages = 4;
   static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -51,19 +53,20 @@ __device__ inline void load_cell(const BackwardParams& p, const TileRecord& tile
                                  const CellPlaces& places, bool all_seen, int first, FullBarrier& full,
                                  typename Shape::Element* to) {
   using Element = typename Shape::Element;
+  using Parts = typename Shape::Parts;
   const int row = tile.first / Shape::kQueries, column = first / Shape::kKeys;
   const Element* from = static_cast<const Element*>(p.store.data) + places.cell(row, column) * kCellElements;
   if (all_seen) {
     copy_in_bulk(to, from, kCellElements * sizeof(Element), full);
     return;
   }
-  const TileRanges visited = mask.query_tiles(first, first + Shape::kKeys, Shape::kPart, tile.queries);
-  for (int part = 0; part < kPartsOfCell; ++part) {
-    const int m = row * kPartsOfCell + part;
+  const TileRanges visited = mask.query_tiles(first, first + Shape::kKeys, Parts::kRows, tile.queries);
+  for (int part = 0; part < Parts::kCount; ++part) {
+    const int m = row * Parts::kCount + part;
     const bool there = visited.rank(m) < visited.rank(m + 1);
-    copy_in_bulk(to + part * kPartElements,
-                 there ? from + part * kPartElements : static_cast<const Element*>(p.store.zeros),
-                 kPartElements * sizeof(Element), full);
+    copy_in_bulk(to + part * Parts::kElements,
+                 there ? from + part * Parts::kElements : static_cast<const Element*>(p.store.zeros),
+                 Parts::kElements * sizeof(Element), full);
   }
 }
 

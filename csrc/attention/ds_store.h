@@ -2,8 +2,8 @@
 //
 // Where D = 256, dQ is the work of a pass of its own. Computing dS again there costs two products of three, and Q, dO and V
 // once more; two bytes a pair, written in one pass and read in the next, cost neither: the device's memory has nothing
-// else to do. So a sequence's dS lies in cells of 192 queries x 64 keys, each in four parts of 48 queries, the first pass's
-// tiles. Cells that a causal mask hides have no place. Sequences that don't fit the room that the host gives are computed
+// else to do. So a sequence's dS lies in cells of 192 queries x 64 keys, each cut into parts, the first pass's tiles (of 64
+// keys). Cells that a causal mask hides have no place. Sequences that don't fit the room that the host gives are computed
 // again (backward_queries.h).
 #pragma once
 
@@ -11,8 +11,16 @@
 
 namespace genrec::attention {
 
-constexpr int kCellQueries = 192, kCellKeys = 64, kPartQueries = 48, kPartsOfCell = kCellQueries / kPartQueries;
-constexpr int kPartElements = kPartQueries * kCellKeys, kCellElements = kPartsOfCell * kPartElements;
+constexpr int kCellQueries = 192, kCellKeys = 64, kCellElements = kCellQueries * kCellKeys;
+
+// How a cell is cut: `kRows` queries are a tile of the pass that writes.
+template <int kRows_>
+struct CellParts {
+  static constexpr int kRows = kRows_, kCount = kCellQueries / kRows, kElements = kRows * kCellKeys;
+  static_assert(kCount * kRows == kCellQueries, "a cell is a whole number of parts");
+};
+
+constexpr int kLargestPart = 64 * kCellKeys;  // elements
 
 struct DsStore {
   void* data;
@@ -41,6 +49,8 @@ struct StoredSequence {
     return all * columns + (row - all) * ahead + kStep * (row * (row + 1) - all * (all + 1)) / 2;
   }
   GENREC_HOST_DEVICE int cells() const { return before(rows); }
+  // Cells of a row.
+  GENREC_HOST_DEVICE int width(int row) const { return before(row + 1) - before(row); }
 };
 
 template <class Mask>
@@ -60,9 +70,12 @@ struct CellPlaces {
   }
   GENREC_HOST_DEVICE int64_t cell(int row, int column) const { return first + sequence.before(row) + column; }
 
-  // The part of 48 queries from 48 m on, and 64 keys; -1: nowhere.
+  // The m-th part of a column; -1: nowhere, or its cell has no place (a tile of more keys may reach beyond a row's last).
+  template <class Parts>
   GENREC_HOST_DEVICE int64_t part(int m, int column) const {
-    return first < 0 ? -1 : cell(m / kPartsOfCell, column) * kPartsOfCell + m % kPartsOfCell;
+    const int row = m / Parts::kCount;
+    if (first < 0 || column >= sequence.width(row)) return -1;
+    return cell(row, column) * Parts::kCount + m % Parts::kCount;
   }
 };
 

@@ -13,7 +13,7 @@ struct Store {
   int left = 0, cells = 0;
   std::vector<Element> data, zeros;
 
-  Store(const Problem& problem, size_t stored) : first(problem.c.sequences.size() + 1), zeros(kPartElements, Element(0.f)) {
+  Store(const Problem& problem, size_t stored) : first(problem.c.sequences.size() + 1), zeros(kLargestPart, Element(0.f)) {
     const Batch batch = problem.batch();
     for (size_t b = 0; b < stored; ++b) cells += stored_sequence(batch, problem.c.rule, int(b)).cells();
     auto scratch = std::make_unique<StoreScratch>();

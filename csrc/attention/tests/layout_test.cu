@@ -111,18 +111,19 @@ void check_relay() {
 }
 
 // dS as RelayConsumer::keep leaves it: word i of lane l of warp w holds queries 8 (i / 2) + 2 (l % 4) and the next of key
-// 16 w + l / 4 + 8 (i % 2), in the part of 48 queries.
+// 16 w + l / 4 + 8 (i % 2), in its part.
 void check_stored() {
-  using S = StoredShape<bf16, 256, false>;
+  using Parts = CellParts<48>;
+  using S = StoredShape<bf16, 256, false, Parts>;
   const auto layout = CellLayout<bf16, S::kStages>{};
   for (int s = 0; s < S::kStages; ++s)
-    for (int part = 0; part < kPartsOfCell; ++part)
+    for (int part = 0; part < Parts::kCount; ++part)
       for (int w = 0; w < 4; ++w)
         for (int l = 0; l < 32; ++l)
-          for (int i = 0; i < kPartQueries / 4; ++i) {
-            const int query = part * kPartQueries + 8 * (i / 2) + l % 4 * 2, key = 16 * w + l / 4 + 8 * (i % 2);
+          for (int i = 0; i < Parts::kRows / 4; ++i) {
+            const int query = part * Parts::kRows + 8 * (i / 2) + l % 4 * 2, key = 16 * w + l / 4 + 8 * (i % 2);
             const int word = w * 64 + l + i / 2 * 256 + i % 2 * 32;
-            const int want = s * kCellElements + part * kPartElements + 2 * word;
+            const int want = s * kCellElements + part * Parts::kElements + 2 * word;
             check(int(layout(query, key, s)) == want, "dS", query, key);
             check(int(layout(query + 1, key, s)) == want + 1, "dS", query + 1, key);
           }

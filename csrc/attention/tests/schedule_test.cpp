@@ -90,7 +90,8 @@ void check_batch(const std::vector<int>& queries, const std::vector<int>& keys, 
   check(next <= list_capacity(query_offsets.back(), n, size), "padded tiles outgrow their room", n, size);
 }
 
-// Batches of small sequences with every kind of mask: the parts that query_tiles visits, and the cells that key_tiles does.
+// Batches of small sequences with every kind of mask: the parts that query_tiles visits, by tiles of kTileKeys keys.
+template <int kTileKeys, class Parts>
 void check_store(unsigned seed) {
   auto draw = [&seed](int n) { return static_cast<int>((seed = seed * 1664525u + 1013904223u) >> 8) % n; };
   const int n = 1 + draw(6), heads = 1 + draw(3);
@@ -124,12 +125,17 @@ void check_store(unsigned seed) {
     for (int h = 0; h < heads; ++h) {
       const CellPlaces places({nullptr, first.data(), &left, nullptr}, sequence, b, h, heads);
       for (int j = 0; j * kCellKeys < keys; ++j) {
-        const TileRanges visited = mask.query_tiles(j * kCellKeys, (j + 1) * kCellKeys, kPartQueries, queries);
+        const int j0 = j * kCellKeys / kTileKeys * kTileKeys;
+        const TileRanges visited = mask.query_tiles(j0, j0 + kTileKeys, Parts::kRows, queries);
         for (int i = 0; i < visited.count(); ++i) {
-          const int64_t part = places.part(visited.tile(i), j);
-          check((part < 0) == (first[b] < 0), "stored or not", b, j);
+          const int64_t part = places.part<Parts>(visited.tile(i), j);
+          const bool there = j < sequence.width(visited.tile(i) / Parts::kCount);
+          check((part < 0) == (first[b] < 0 || !there), "stored or not", b, j);
+          const TileRanges own = mask.query_tiles(j * kCellKeys, (j + 1) * kCellKeys, Parts::kRows, queries);
+          const int m = visited.tile(i);
+          check(there || own.rank(m) == own.rank(m + 1), "no place for what is seen", m, j);
           if (part < 0) continue;
-          check(part < int64_t{capacity} * heads * kPartsOfCell, "a place beyond the room", b, j);
+          check(part < int64_t{capacity} * heads * Parts::kCount, "a place beyond the room", b, j);
           check(seen.insert(part).second, "a place twice", visited.tile(i), j);
         }
       }
@@ -159,6 +165,9 @@ int main() {
     const WorkUnit unit = work_unit(w, 3);
     check(unit.tile * 3 + unit.head == w && unit.head < 3, "unit", w, unit.head);
   }
-  for (unsigned seed = 0; seed < 2000; ++seed) check_store(seed * 2654435761u);
+  for (unsigned seed = 0; seed < 2000; ++seed) {
+    check_store<64, CellParts<48>>(seed * 2654435761u);
+    check_store<128, CellParts<64>>(seed * 2654435761u);
+  }
   std::printf("ok %ld checks\n", checks);
 }
