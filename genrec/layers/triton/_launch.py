@@ -12,6 +12,9 @@ from triton import knobs
 MAX_WIDTH = 16384
 """Widest row that a program holds in registers; the documented limit of hidden sizes is half of it."""
 
+STAGES = 2
+"""Row blocks that a backward kernel's program has under way: it loads the next while it works on one."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op
-from genrec.layers.triton._launch import check, on_device, programs_for, tile
+from genrec.layers.triton._launch import STAGES, check, on_device, programs_for, tile
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _store_sum(sums_ptr, total, at, dim, COLS: tl.constexpr):
 def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_head, u_col, v_row, v_head, v_col,
            q_row, q_head, q_col, k_row, k_head, k_col, sy_row, sy_col,
            SILU: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, V_COLS: tl.constexpr,
-           QK_COLS: tl.constexpr):  # fmt: skip
+           QK_COLS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dy from its parts; with SUMS also this program's sums over its rows, (programs, width)."""
     program, head = tl.program_id(0), tl.program_id(1)
     wide = 2 * (v_dim + qk_dim)
@@ -69,7 +69,7 @@ def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_hea
     v_sum = tl.zeros([ROWS, V_COLS], tl.float32)
     q_sum = tl.zeros([ROWS, QK_COLS], tl.float32)
     k_sum = tl.zeros([ROWS, QK_COLS], tl.float32)
-    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
         u = _merge_part(du, u_row, u_head, u_col, y, dy, row, rows, head, wide, 0, v_dim, sy_row, sy_col, width,
                         False, V_COLS)  # fmt: skip
@@ -152,7 +152,8 @@ def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
             _merge[(programs, heads)](
                 du, dv, dq, dk, y, dy, partial, rows, dy.shape[1], v_dim, qk_dim,
                 *du.stride(), *dv.stride(), *dq.stride(), *dk.stride(), *((0, 0) if y is None else y.stride()),
-                SILU=y is not None, SUMS=sums, ROWS=block, V_COLS=v_columns, QK_COLS=qk_columns, num_warps=warps,
+                SILU=y is not None, SUMS=sums, ROWS=block, V_COLS=v_columns, QK_COLS=qk_columns, STAGES=STAGES,
+                num_warps=warps,
             )  # fmt: skip
     return dy, partial.sum(0) if sums else partial.flatten()
 
