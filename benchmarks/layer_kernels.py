@@ -25,11 +25,12 @@ import torch
 
 from genrec.environment import headline
 from genrec.layers.triton import gate, norm, silu
+from genrec.layers.triton._launch import Loop
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows of a block, warps, blocks under way, programs a multiprocessor (0: kernels whose programs have a block each)."""
+    """Rows of a block, warps, blocks under way, programs a multiprocessor (0: a program has one block)."""
 
     rows: int
     warps: int
@@ -42,11 +43,11 @@ class Tiling:
 
 
 LOOPS = [Tiling(rows, warps, stages, programs) for rows, warps in ((1, 4), (1, 2), (1, 1), (2, 4), (4, 4))
-         for stages, programs in ((1, 4), (1, 16), (2, 4), (2, 8), (3, 4), (4, 4))]  # fmt: skip
+         for stages, programs in ((1, 4), (1, 16), (2, 4), (3, 4), (4, 4), (4, 6), (6, 4), (6, 3))]  # fmt: skip
 PLAIN = [Tiling(rows, warps) for rows, warps in ((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (2, 8), (4, 8), (8, 8))]
 MERGE = [Tiling(rows, warps, stages, programs)
          for rows, warps in ((1, 1), (2, 1), (2, 2), (4, 4), (8, 4), (4, 2), (8, 8))
-         for stages, programs in ((1, 4), (1, 16), (2, 4), (2, 8), (3, 4), (3, 8))]  # fmt: skip
+         for stages, programs in ((1, 4), (1, 16), (2, 4), (2, 8), (3, 4), (3, 6), (4, 4), (5, 4))]  # fmt: skip
 
 
 @contextmanager
@@ -55,19 +56,20 @@ def tiled(tiling: Tiling | None) -> Iterator[None]:
     if tiling is None:
         yield
         return
-    names = ("tile", "programs_for", "STAGES")
-    before = {(module, name): getattr(module, name) for module in (gate, norm, silu) for name in names}
+    names = {gate: ("tile", "loop"), norm: ("tile", "loop"), silu: ("tile", "loop")}
+    before = {(module, name): getattr(module, name) for module, own in names.items() for name in own}
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
 
-    def tile(width: int, per_thread: int = 16, max_rows: int = 64) -> tuple[int, int, int]:
+    def tile(width: int, per_thread: int = 16, threads: int = 128) -> tuple[int, int, int]:
         return tiling.rows, max(16, 1 << (width - 1).bit_length()), tiling.warps
 
-    def programs_for(x: torch.Tensor, blocks: int, groups: int, sums: bool) -> int:
-        return max(1, min(blocks, processors * tiling.programs // groups))
+    def loop(x: torch.Tensor, width: int, groups: int, tensors: int, per_thread: int, threads: int) -> Loop:
+        programs = max(1, min(-(-x.shape[0] // tiling.rows), processors * tiling.programs // groups))
+        return Loop(tiling.rows, tile(width)[1], tiling.warps, tiling.stages, programs)
 
     try:
         for module, name in before:
-            setattr(module, name, {"tile": tile, "programs_for": programs_for, "STAGES": tiling.stages}[name])
+            setattr(module, name, {"tile": tile, "loop": loop}[name])
         yield
     finally:
         for (module, name), value in before.items():

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op
-from genrec.layers.triton._launch import STAGES, check, on_device, programs_for, tile
+from genrec.layers.triton._launch import check, loop, on_device, tile
 
 NO_AFFINE, BY_COLUMN, BY_GROUP = 0, 1, 2
 
@@ -149,7 +149,7 @@ def layer_norm(
     mean, rstd = (torch.empty(rows, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     if y.numel() == 0:
         return y, mean, rstd
-    block, columns, warps = tile(dim)
+    block, columns, warps = tile(dim, per_thread=32)
     with on_device(x):
         _forward[(triton.cdiv(rows, block), groups)](
             x, weight, bias, y, mean, rstd, rows, groups, dim, x.stride(0), x.stride(1), eps,
@@ -185,16 +185,16 @@ def layer_norm_backward(
     dim = width // groups
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     kind = affine_kind(weight, groups, width)
-    block, columns, warps = tile(dim)
-    programs = programs_for(x, triton.cdiv(rows, block), groups, weight is not None)
+    cut = loop(x, dim, groups, 2 + (more is not None), 16, 64)
     sums = 0 if weight is None else weight.numel()
-    dw, db = (torch.zeros(programs, sums, dtype=torch.float32, device=x.device) for _ in range(2))
+    dw, db = (torch.zeros(cut.programs, sums, dtype=torch.float32, device=x.device) for _ in range(2))
     if dx.numel():
         with on_device(x):
-            _backward[(programs, groups)](
+            _backward[(cut.programs, groups)](
                 dy, x, weight, bias, mean, rstd, more, dx, dw, db, rows, groups, dim,
                 *dy.stride(), *x.stride(), *((0, 0) if more is None else more.stride()),
-                MORE=more is not None, AFFINE=kind, ROWS=block, COLS=columns, STAGES=STAGES, num_warps=warps,
+                MORE=more is not None, AFFINE=kind, ROWS=cut.rows, COLS=cut.columns, STAGES=cut.stages,
+                num_warps=cut.warps,
             )  # fmt: skip
     return dx, *sum_affine(dw, db, weight, bias)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op
-from genrec.layers.triton._launch import STAGES, check, on_device, programs_for, tile
+from genrec.layers.triton._launch import check, loop, on_device, tile
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def activate_uvqk(y: Tensor, v_dim: int, qk_dim: int, keep_u: bool) -> Tensor:
     z = y.new_empty(rows, width // wide, wide - first)
     if z.numel() == 0:
         return z
-    block, columns, warps = tile(min(wide - first, 1024))
+    block, columns, warps = tile(min(wide - first, 1024), per_thread=32)
     with on_device(y):
         _activate[(triton.cdiv(rows, block), width // wide, triton.cdiv(wide - first, columns))](
             y, z, rows, width, wide, first, v_dim, y.stride(0), y.stride(1),
@@ -143,17 +143,16 @@ def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
     rows, heads, v_dim = dv.shape
     qk_dim = dq.shape[2]
     dy = dv.new_empty(rows, heads * 2 * (v_dim + qk_dim))
-    block, _, warps = tile(max(v_dim, qk_dim), per_thread=8 if sums else 16)
+    cut = loop(dv, max(v_dim, qk_dim), heads, 4 if y is None else 7, 16, 32)
     v_columns, qk_columns = tile(v_dim)[1], tile(qk_dim)[1]
-    programs = programs_for(dv, triton.cdiv(rows, block), heads, sums)
-    partial = dv.new_zeros(programs if sums else 0, dy.shape[1], dtype=torch.float32)
+    partial = dv.new_zeros(cut.programs if sums else 0, dy.shape[1], dtype=torch.float32)
     if dy.numel():
         with on_device(dv):
-            _merge[(programs, heads)](
+            _merge[(cut.programs, heads)](
                 du, dv, dq, dk, y, dy, partial, rows, dy.shape[1], v_dim, qk_dim,
                 *du.stride(), *dv.stride(), *dq.stride(), *dk.stride(), *((0, 0) if y is None else y.stride()),
-                SILU=y is not None, SUMS=sums, ROWS=block, V_COLS=v_columns, QK_COLS=qk_columns, STAGES=STAGES,
-                num_warps=warps,
+                SILU=y is not None, SUMS=sums, ROWS=cut.rows, V_COLS=v_columns, QK_COLS=qk_columns, STAGES=cut.stages,
+                num_warps=cut.warps,
             )  # fmt: skip
     return dy, partial.sum(0) if sums else partial.flatten()
 
