@@ -143,7 +143,7 @@ def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
     rows, heads, v_dim = dv.shape
     qk_dim = dq.shape[2]
     dy = dv.new_empty(rows, heads * 2 * (v_dim + qk_dim))
-    cut = loop(dv, max(v_dim, qk_dim), heads, 4 if y is None else 7, 16, 32)
+    cut = loop(dv, max(v_dim, qk_dim), heads, 4 if y is None else 7, 8, 64)
     v_columns, qk_columns = tile(v_dim)[1], tile(qk_dim)[1]
     partial = dv.new_zeros(cut.programs if sums else 0, dy.shape[1], dtype=torch.float32)
     if dy.numel():
