@@ -112,6 +112,13 @@ __device__ inline void copy_in_bulk(void* to, const void* from, int bytes, FullB
       : "memory");
 }
 
+// Two numbers in fp16, the first in the lower half; those beyond its range become its largest.
+__device__ inline uint32_t pack_finite_halves(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
 // To global memory, where it will be read once.
 __device__ inline void store_once(uint32_t* where, uint32_t word) { __stcs(where, word); }
 

@@ -29,6 +29,10 @@ struct DsStore {
   const void* zeros;  // a part of a cell
 };
 
+GENREC_HOST_DEVICE inline bool is_stored(const DsStore& store, int sequence) {
+  return store.first != nullptr && store.first[sequence] >= 0;
+}
+
 // The cells of one sequence and head: rows of cells one after the other, of each all that its queries may see.
 struct StoredSequence {
   int rows, columns;  // of cells

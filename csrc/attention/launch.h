@@ -1,6 +1,8 @@
 // One kernel instantiation: how it is launched, and what the host must know of its shape.
 #pragma once
 
+#include <cstdint>
+
 #include "attention/params.h"
 
 namespace genrec::attention {
@@ -12,10 +14,11 @@ struct ForwardBlocks {
 
 struct BackwardBlocks {
   int queries, keys, passes;
-  int tables;  // copies of the tables' gradients that each block sums
+  // Copies of the tables' gradients that each block sums, and each of the pass over stored dS.
+  int16_t tables, stored_tables;
   int query_box, key_box;  // rows of the copy engine's boxes
   int dq_rows = 0;  // rows of the tiles of a last pass that gives dQ, by boxes of kBoxRows; 0: dQ is gathered in sums
-  int stored_rows = 0;  // rows of the tiles of the pass before that, which gives dQ of dS in memory; 0: there is none
+  int stored_rows = 0;  // rows of the tiles of the second pass, which gives dQ of dS in memory; 0: there is none
 
   bool gathers() const { return dq_rows == 0; }
   int listed_queries() const { return gathers() ? queries : dq_rows; }

@@ -84,7 +84,7 @@ struct BackwardParams {
   Common common;
   WorkList list;  // tiles of keys
   Output dk, dv;
-  // dQ / (alpha * scale), fp32, zero before the launch: (padded tile, head, dqk columns x rows in register order).
+  // dQ / (alpha * scale), fp32, zero before the launch (where sequences are stored: zeroed by clear_dq_kernel): (padded tile, head, dqk columns x rows in register order).
   float* dq_sum;
   // Null, or (padded tile, head) zeros: how many key tiles have added to that tile of dQ. Fixes the order of sums.
   int* turns;
@@ -97,6 +97,7 @@ struct ConvertParams {
   WorkList list;  // tiles of queries
   const float* dq_sum;
   Output dq;
+  DsStore store;  // dQ of sequences that have a place there is another kernel's
 };
 
 }  // namespace genrec::attention

@@ -23,6 +23,7 @@
 #include <cuda_runtime.h>
 
 #include <cute/tensor.hpp>
+#include <cutlass/half.h>
 
 #undef __device__
 #undef __global__
@@ -352,6 +353,14 @@ inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& ful
     std::memcpy(to, from, bytes);
     barrier->receive(bytes);
   });
+}
+
+inline uint32_t pack_finite_halves(float low, float high) {
+  const auto half = [](float x) {
+    constexpr float kMost = 65504.f;
+    return uint32_t(cutlass::half_t(x > kMost ? kMost : x < -kMost ? -kMost : x).storage);
+  };
+  return half(low) | half(high) << 16;
 }
 
 inline void store_once(uint32_t* where, uint32_t word) { *where = word; }

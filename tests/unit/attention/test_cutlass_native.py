@@ -167,21 +167,24 @@ def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
     # At least a float for each element of q, at most with each of three sequences padded to a tile of 128 rows.
     assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 128
     assert plain < ordered < plain + 4096
-    assert binding.call("plan_bytes", problem) % 32 == 0
+    assert (binding.call("plan_bytes", problem) - 12) % 32 == 0  # records of 32 bytes, a place for each sequence's dS
 
 
 def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes.CDLL) -> None:
-    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128)}
-    long = {size: rows // size + 3 for size in (64, 128)}
-    # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too.
+    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128, 192)}
+    long = {size: rows // size + 3 for size in (64, 128, 192)}
+    # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too;
+    # 192 queries where dS is in memory, as with a relative bias, with a place for each sequence's.
     problem = _problem(query_rows=rows, key_rows=rows)
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64])
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64] + long[192]) + 12
     # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
-    assert binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64])
-    # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; of 192 queries where dS is in
-    # memory, with a place for each sequence's.
-    problem, stored = _problem(qk_dim=256, v_dim=256), 1000 // 192 + 3
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * short[128] + 2 * short[64] + stored) + 12
+    assert binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64] + short[192]) + 12
+    # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; dS in memory without one.
+    problem = _problem(qk_dim=256, v_dim=256)
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * short[128] + 2 * short[64] + short[192]) + 12
+    # D = 64 keeps no dS.
+    problem = _problem(qk_dim=64, v_dim=64)
+    assert (binding.call("plan_bytes", ctypes.byref(problem)) - 64) % 32 == 0
 
 
 def test_memory_of_ds_is_limited(library: ctypes.CDLL) -> None:
