@@ -264,7 +264,8 @@ Common common(const genrec_attention_problem& p, int* counter) {
 BiasParams bias_params(const genrec_attention_bias& b) {
   return {{b.position, b.time, b.edges, b.key_times, b.query_times, b.max_positions, b.buckets, nullptr, nullptr},
           {b.dense, b.dense_batch_stride, b.dense_head_stride, b.dense_row_stride, b.d_dense, b.d_dense_batch_stride,
-           b.d_dense_head_stride, b.d_dense_row_stride}};
+           b.d_dense_head_stride, b.d_dense_row_stride},
+          {nullptr}};
 }
 
 int32_t multiprocessors(int* count) {
@@ -297,7 +298,7 @@ int32_t backward_launches(const genrec_attention_problem& p, const PlanShape& sh
 // The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ; dS. All
 // before the sums of dQ is zeroed, and these, too, but where few sequences or none have any: kernels see to those then.
 struct BackwardMemory {
-  int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, zeroed, bytes;
+  int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
   int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
 
   BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic,
@@ -316,7 +317,8 @@ struct BackwardMemory {
     sum_at = zeros_at + (stores ? kLargestPart * 2 : 0);
     stored_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
     zeroed = stores ? sum_at : stored_at;
-    bytes = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
+    bias_at = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
+    bytes = bias_at + (stores && one.kernel.bias == Bias::kRelative ? shape.cells * kCellElements * 2 : 0);
   }
 
  private:
@@ -445,6 +447,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   if (one.blocks.stored_rows > 0)
     params.store = {base + memory.stored_at, shape.places(plan), shape.without_place(plan), base + memory.zeros_at};
   BiasParams bias = bias_params(p.bias);
+  bias.stored = {base + memory.bias_at};
   const SumParams position{reinterpret_cast<float*>(base + memory.position_at), memory.copies, memory.position_entries,
                            p.bias.d_position};
   const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,

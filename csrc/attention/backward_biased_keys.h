@@ -1,51 +1,53 @@
-// The backward kernel with a relative bias for D = 128: dK and dV of sequences whose dS has a place in device memory, and
-// that dS.
+// The backward kernel with a relative bias for D = 128: dK and dV of sequences whose bias and dS have a place in device
+// memory, and that dS.
 //
-// dQ and the gradients of the tables are sums of dS: another kernel's work (backward_plain.h says which), that neither holds
-// products up nor shares their registers. What remains is the kernel without a bias (backward_keys.h) with a warpgroup
-// beside it that expands the bias (bias_expand.h). For its memory K and V have one stage each, and are given back
-// within a tile's last step.
+// dQ and the gradients of the tables are sums of dS: another kernel's work (backward_stored.h), that neither holds
+// products up nor shares their registers. What tells the bias of its pairs would: it was told before, once for all heads
+// (BiasStore). What remains is the kernel without a bias (backward_keys.h), whose threads read what they add to their
+// scores straight into registers, half a step ahead: shared memory has no time to spare, and beside products it is slow.
 #pragma once
 
-#include "attention/bias_expand.h"
+#include "attention/backward_pipelined.h"
 
 namespace genrec::attention {
 
 template <class Element_, bool kCausal_>
 struct BiasedKeysShape : PipelinedShape<Element_, 128, kCausal_, false> {
-  using Base = PipelinedShape<Element_, 128, kCausal_, false>;
-  using typename Base::Element;
-  using Base::D, Base::kKeys, Base::kQueries, Base::kConsumers;
-  static constexpr Bias kBias = Bias::kRelative;
-  static constexpr bool kStores = true, kStoredOnly = true;
-  using Params = BiasedParams<BackwardParams, kBias>;
-  using Parts = CellParts<kQueries>;
-  static constexpr int kKeyStages = 1, kValueStages = 1, kQueryStages = 3;
-  static constexpr int kBiasStages = kQueryStages;  // a place in one ring is one in the other
-  // The consumers' registers limit the others': 216 make ptxas put a wait behind every wgmma.
-  static constexpr int kThreads = 128 * (2 + kConsumers);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 224, kExpanderRegisters = 40;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters + kExpanderRegisters <= 65536 / 128,
-                "more registers than there are");
-
-  struct alignas(1024) Shared {
-    alignas(1024) Element k[kKeyStages][kKeys * D];
-    alignas(1024) Element v[kValueStages][kKeys * D];
-    alignas(1024) Element q[kQueryStages][kQueries * D];
-    alignas(1024) Element d_out[kQueryStages][kQueries * D];
-    ExpandedBias bias[kBiasStages];
-    Ring<kKeyStages> k_ring;
-    Ring<kValueStages> v_ring;
-    Ring<kQueryStages> q_ring, d_out_ring;
-    Ring<kBiasStages> bias_ring;
-    Ring<2> work_ring;
-    PipelinedWork work[2];
-    StepRecord steps[2 * kQueryStages];  // record_place says where
-    ColumnSight sights[kConsumers][64];
-    ExpanderMemory expanders[kExpanders];
-    BucketTables buckets;
+  static constexpr bool kStores = true, kStoredOnly = true, kReadsBias = true;
+  using Parts = CellParts<BiasedKeysShape::kQueries>;
+  struct Params : BackwardParams {
+    BiasStore bias;
   };
-  static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
+};
+
+// A thread's bias of one step.
+struct StepBias {
+  uint32_t words[16];
+
+  // `place`: of the warpgroup's part.
+  template <class Parts>
+  __device__ void read(const BiasStore& store, int place, Lane lane) {
+    static_assert(Parts::kRows == 64 && kCellKeys == 64, "the layout of a part");
+    const uint4* from = static_cast<const uint4*>(store.data) + int64_t{place} * (Parts::kElements / 8) + lane.warp * 128 + lane.lane;
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint4 four = load_words(from + 32 * i);
+      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+    }
+  }
+};
+
+// h = (alpha s + bias) / 2 in the place of a thread's scores s.
+template <class Scores>
+struct BiasedScores {
+  const Scores& scores;
+  const StepBias& bias;
+  const float half_alpha;
+
+  __device__ static constexpr auto size() { return decltype(cute::size(Scores{})){}; }
+  __device__ float operator()(int e) const {
+    return fmaf(scores(e), half_alpha, unpack<cutlass::half_t>(bias.words[e / 2])[e % 2]);
+  }
 };
 
 template <class Shape>
@@ -53,6 +55,7 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
   using Base = PipelinedLoop<Shape, BiasedKeysConsumer<Shape>>;
   using Base::Base, Base::p, Base::shared, Base::warpgroup, Base::lane, Base::keys, Base::values, Base::q;
   using typename Base::Element;
+  using Parts = typename Shape::Parts;
   static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
   using Stage = Place<Shape::kQueryStages>;
 
@@ -78,18 +81,19 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
     StepBias bias;        // the scores'
     const auto issue_scores = [&](const Stage& at) {
       shared.q_ring.full[at.stage].wait(at.parity);
-      masked = this->record(at).masked;
-      issue_product<true>(score_mma, settled_operand(k_tile(_, _, _, 0)), q_tile(_, _, _, at.stage), scores);
-      shared.bias_ring.full[at.stage].wait(at.parity);
-      bias.read(shared.bias[at.stage], 4 * warpgroup + lane.warp, lane.lane);
-      release(shared.bias_ring.empty[at.stage]);
+      const StepRecord& record = this->record(at);
+      masked = record.masked;
+      // Where the row has no cell for the second warpgroup, nothing of it is seen: any bias will do.
+      const int place = record.bias + (warpgroup < record.cells ? warpgroup * Parts::kCount : 0);
+      issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
+      bias.template read<Parts>(p.bias, place, lane);
     };
-    // One step, whose scores and bias are there; those of the next are asked for if there is one.
+    // One step, whose scores are there; those of the next are issued if there is one.
     const auto step = [&](auto has_next) {
       constexpr bool kNext = decltype(has_next)::value;
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       shared.d_out_ring.full[q.stage].wait(q.parity);
-      issue_product<true>(score_mma, settled_operand(v_tile(_, _, _, 0)), d_out_tile(_, _, _, q.stage), d_weights);
+      issue_product<true>(score_mma, v_tile(_, _, _, values.stage), d_out_tile(_, _, _, q.stage), d_weights);
 
       auto weights = make_operand<Element, kQueries>();
       OperandPairs<Element, decltype(weights)> rounded{weights};
@@ -99,72 +103,38 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
                    lane.column());
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
       wait_for<1>(d_weights);
-      if constexpr (!kNext) release(this->shared.v_ring.empty[0]);
       auto ds = make_operand<Element, kQueries>();
       differentiate<Element>(derivatives, d_weights, ds);
-      issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
-      const StepRecord& record = this->record(q);  // beside products: nothing waits for these stores
-      keep_ds<typename Shape::Parts>(
-          ds, p.store, warpgroup < record.cells ? record.place + warpgroup * Shape::Parts::kCount : -1, lane);
-      wait_for<1>(dv);  // before the next scores: P's registers are theirs
-      release(shared.d_out_ring.empty[q.stage]);
       Stage next = q;
       next.next();
+      issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
       if constexpr (kNext) issue_scores(next);
+      const StepRecord& record = this->record(q);  // beside products: nothing waits for these stores
+      keep_ds<Parts>(ds, p.store, warpgroup < record.cells ? record.place + warpgroup * Parts::kCount : -1, lane);
+      wait_for<kNext + 1>(dv);
+      release(shared.d_out_ring.empty[q.stage]);
       wait_for<kNext>(dk);
       release(shared.q_ring.empty[q.stage]);
       if constexpr (kNext) wait_for<0>(scores);
       q = next;
     };
     this->write_sights();
-    shared.k_ring.full[0].wait(keys.parity);
+    shared.k_ring.full[keys.stage].wait(keys.parity);
     if (count == 0) {
-      shared.v_ring.full[0].wait(values.parity);
-      release(shared.k_ring.empty[0]);
-      release(shared.v_ring.empty[0]);
+      shared.v_ring.full[values.stage].wait(values.parity);
     } else {
       issue_scores(q);
-      shared.v_ring.full[0].wait(values.parity);
+      shared.v_ring.full[values.stage].wait(values.parity);
       wait_for<0>(scores);
       CUTE_NO_UNROLL
       for (; count > 1; --count) step(true_type{});
-      release(shared.k_ring.empty[0]);
       step(false_type{});
     }
+    release(shared.k_ring.empty[keys.stage]);
+    release(shared.v_ring.empty[values.stage]);
     this->store(dk, 2.f * p.common.half_alpha, p.dk);
     this->store(dv, 1.f, p.dv);
   }
 };
-
-template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
-    biased_keys_kernel(const __grid_constant__ typename Shape::Params p) {
-  GENREC_SHARED_MEMORY(memory);
-  auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
-  if (threadIdx.x == 0) {
-    constexpr int kArrivals = Shape::kConsumers * kArrivalsPerWarpgroup;
-    shared.k_ring.init(kArrivals);
-    shared.v_ring.init(kArrivals);
-    shared.q_ring.init(kArrivals, 2);  // Q and the step's record
-    shared.d_out_ring.init(kArrivals);
-    shared.bias_ring.init_between_warps(kArrivals, kExpanders);
-    shared.work_ring.init(kArrivals + kStreamLoaders<Shape> + kExpanders);
-    fence_new_barriers();
-    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_map(*map);
-  }
-  fill_buckets<Shape::kThreads>(shared.buckets, p.bias, 0.5f);
-  sync_block(Shape::kThreads);
-  const int warpgroup = uniform(threadIdx.x / 128);
-  if (warpgroup == 0) {
-    give_registers<Shape::kProducerRegisters>();
-    pipelined_produce<Shape>(p, shared);
-  } else if (warpgroup > Shape::kConsumers) {
-    give_registers<Shape::kExpanderRegisters>();
-    BiasExpander<Shape>(p, shared, uniform(threadIdx.x / 32) % 4).run();
-  } else {
-    take_registers<Shape::kConsumerRegisters>();
-    BiasedKeysConsumer<Shape>(p, shared, warpgroup - 1).run();
-  }
-}
 
 }  // namespace genrec::attention

@@ -21,7 +21,8 @@ template <class Element_, bool kCausal_>
 struct RelayShape {
   using Element = Element_;
   static constexpr int D = 256, kQueries = 48, kKeys = 64;
-  static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true, kStoredOnly = false;
+  using Params = BackwardParams;
+  static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true, kStoredOnly = false, kReadsBias = false;
   static constexpr int kQueryBox = kQueries, kKeyBox = kBoxRows;
   static constexpr int kConsumers = 2, kKeyReaders = 1, kSlopeStages = 2;
   static constexpr int kQueryStages = 3, kKeyStages = 1, kValueStages = 1;

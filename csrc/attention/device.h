@@ -119,6 +119,15 @@ __device__ inline uint32_t pack_finite_halves(float low, float high) {
   return word;
 }
 
+// From global memory past the L1 cache.
+__device__ inline uint4 load_words(const uint4* where) {
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(where));
+  return words;
+}
+
 // To global memory, where it will be read once.
 __device__ inline void store_once(uint32_t* where, uint32_t word) { __stcs(where, word); }
 

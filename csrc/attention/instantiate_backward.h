@@ -93,7 +93,8 @@ struct StoringBackward {
   static cudaError_t launch(const BackwardParams& params, const BiasParams& bias, int pass, int blocks,
                             cudaStream_t stream) {
     if (pass == 0)
-      return launch_kernel(biased_keys_kernel<Keys>, params_of<Keys>(params, bias), blocks, Keys::kThreads,
+      return launch_kernel(pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>,
+                           typename Keys::Params{params, bias.stored}, blocks, Keys::kThreads,
                            sizeof(typename Keys::Shared), stream);
     if (pass == 1) return launch_plain<Stored>(stored_kernel<Stored>, params, blocks, stream);
     clear_dq_kernel<LeftOver><<<4 * blocks, 256, 0, stream>>>(params);

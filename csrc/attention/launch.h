@@ -28,6 +28,7 @@ struct BackwardBlocks {
 struct BiasParams {
   RelativeBias relative;
   DenseBias dense;
+  BiasStore stored;  // of the relative one
 };
 
 // table[e] = the sum of `count` copies' entries e.

@@ -45,6 +45,13 @@ struct RelativeBias {
   float* time_sums;
 };
 
+// A relative bias of whole sequences in device memory, which all heads share: halved, in fp16, at the places of dS
+// (ds_store.h) for one head. A part is 64 queries x 64 keys: for each 16 keys and each 16 queries what a warp's lanes add to
+// eight scores each, in order.
+struct BiasStore {
+  const void* data;
+};
+
 struct DenseBias {
   const float* data;
   int64_t batch_stride, head_stride, row_stride;  // a head stride of 0: shared by the heads

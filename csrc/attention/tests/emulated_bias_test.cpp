@@ -224,6 +224,31 @@ bool check_not_finite() {
   return good && lost >= kRow;
 }
 
+// The halved bias of the stored sequences' pairs that are seen, in a BiasStore's order; NaN elsewhere.
+std::vector<cutlass::half_t> stored_bias(const Problem& problem, Store& store) {
+  std::vector<cutlass::half_t> data(size_t(store.cells) * kCellElements, cutlass::half_t::bitcast(0x7fff));
+  BiasInput& bias = const_cast<BiasInput&>(problem.bias);  // terms() hands out gradients, too
+  for (size_t b = 0; b < problem.c.sequences.size(); ++b) {
+    if (store.first[b] < 0) continue;
+    const Lengths s = problem.c.sequences[b];
+    const SequenceMask<false> mask(s.keys, s.contexts, s.targets, problem.c.rule);
+    const CellPlaces places(store.store(), stored_sequence(problem.batch(), problem.c.rule, int(b)), int(b), 0, 1);
+    for (int i = 0; i < s.queries; ++i) {
+      for (int j = 0; j < s.keys; ++j) {
+        if (!mask.row(i + s.keys - s.queries).sees(j)) continue;
+        double value = 0;
+        bias.terms(s, problem.query_offsets[b], problem.key_offsets[b], int(b), 0, i, j,
+                   [&](float term, double&) { value += term; });
+        const int64_t part = places.part<CellParts<64>>(i / 64, j / 64);
+        const int row = j % 16, column = i % 16, lane = row % 8 * 4 + column % 8 / 2;
+        const int element = column / 8 * 4 + row / 8 * 2 + column % 2;  // as Lane says
+        data[part * 4096 + j % 64 / 16 * 1024 + i % 64 / 16 * 256 + lane * 8 + element] = cutlass::half_t(float(value / 2));
+      }
+    }
+  }
+  return data;
+}
+
 // The passes of a relative bias at D = 128, dS of the first `stored` sequences kept in memory.
 bool storing_backward(const Problem& problem, size_t stored) {
   using Keys = BiasedKeysShape<Element, false>;
@@ -245,9 +270,10 @@ bool storing_backward(const Problem& problem, size_t stored) {
   BackwardParams p{problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(),
                    problem.common(&counters[0]), keys.list(), dk.output(), dv.output(), sums.data(),
                    problem.c.ordered ? turns.data() : nullptr, dq.output(), store.store()};
-  const auto first = problem.with_bias<Keys>(p);
+  const std::vector<cutlass::half_t> bias_data = stored_bias(problem, store);
+  const typename Keys::Params first{p, {bias_data.data()}};
   bool ran = emulator::launch(blocks, Keys::kThreads, sizeof(typename Keys::Shared),
-                              [&] { biased_keys_kernel<Keys>(first); });
+                              [&] { pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>(first); });
   BackwardParams second = p;
   second.common = problem.common(&counters[1]), second.list = rows.list();
   ran = emulator::launch(blocks, Stored::kThreads, sizeof(typename Stored::Shared),
