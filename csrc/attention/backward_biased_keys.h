@@ -79,14 +79,16 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
     clear(dv);
     bool masked = false;  // what the scores' record says
     StepBias bias;        // the scores'
-    const auto issue_scores = [&](const Stage& at) {
+    const auto read_bias = [&](const Stage& at) {
       shared.q_ring.full[at.stage].wait(at.parity);
       const StepRecord& record = this->record(at);
       masked = record.masked;
       // Where the row has no cell for the second warpgroup, nothing of it is seen: any bias will do.
       const int place = record.bias + (warpgroup < record.cells ? warpgroup * Parts::kCount : 0);
-      issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
       bias.template read<Parts>(p.bias, place, lane);
+    };
+    const auto issue_scores = [&](const Stage& at) {
+      issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
     };
     // One step, whose scores are there; those of the next are issued if there is one.
     const auto step = [&](auto has_next) {
@@ -102,11 +104,12 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
       weigh<Shape>(biased, rounded, derivatives, 1.f, masked, this->record(q), shared.sights[warpgroup], lane,
                    lane.column());
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
+      Stage next = q;
+      next.next();
+      if constexpr (kNext) read_bias(next);
       wait_for<1>(d_weights);
       auto ds = make_operand<Element, kQueries>();
       differentiate<Element>(derivatives, d_weights, ds);
-      Stage next = q;
-      next.next();
       issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
       if constexpr (kNext) issue_scores(next);
       const StepRecord& record = this->record(q);  // beside products: nothing waits for these stores
@@ -123,6 +126,7 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
     if (count == 0) {
       shared.v_ring.full[values.stage].wait(values.parity);
     } else {
+      read_bias(q);
       issue_scores(q);
       shared.v_ring.full[values.stage].wait(values.parity);
       wait_for<0>(scores);
