@@ -2,9 +2,9 @@
 // memory, and that dS.
 //
 // dQ and the gradients of the tables are sums of dS: another kernel's work (backward_stored.h), that neither holds
-// products up nor shares their registers. What tells the bias of its pairs would: it was told before, once for all heads
+// products up nor shares their registers. What tells the bias of pairs would: it was told before, once for all heads
 // (BiasStore). What remains is the kernel without a bias (backward_keys.h), whose threads read what they add to their
-// scores straight into registers, half a step ahead: shared memory has no time to spare, and beside products it is slow.
+// scores straight into registers, half a step ahead: shared memory has no time to spare.
 #pragma once
 
 #include "attention/backward_pipelined.h"
@@ -28,7 +28,8 @@ struct StepBias {
   template <class Parts>
   __device__ void read(const BiasStore& store, int place, Lane lane) {
     static_assert(Parts::kRows == 64 && kCellKeys == 64, "the layout of a part");
-    const uint4* from = static_cast<const uint4*>(store.data) + int64_t{place} * (Parts::kElements / 8) + lane.warp * 128 + lane.lane;
+    const uint4* part = static_cast<const uint4*>(store.data) + int64_t{place} * (Parts::kElements / 8);
+    const uint4* from = part + lane.warp * 128 + lane.lane;
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const uint4 four = load_words(from + 32 * i);
