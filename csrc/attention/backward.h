@@ -66,6 +66,10 @@ struct BackwardShape {
   // How diagonals are summed. Measured, as a whole with other changes: additions win from D = 128 on and lose at 64.
   static constexpr bool kSumsByProducts = D <= 64;
   using Teams = GradientTeams<kGradientWarps, kSplitTables>;
+  static constexpr int kTableCopies = Teams::kCopies;
+  using Block = SwizzledBlock;
+  using BlockTile = BiasTile;
+  using BlockMemory = genrec::attention::BlockMemory;
   using Gradient = cute::conditional_t<
       kSumsTables, GradientMemory<larger(Teams::kCopies, 1), Teams::kBlocks, larger(kScoreBuffers, 1)>, NoBiasMemory>;
 
@@ -108,24 +112,6 @@ struct BackwardShape {
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
-
-// Every unit comes off the counter; but sums of tables that repeat bit by bit need the same units in the same block, too:
-// each takes every gridDim-th.
-template <class Shape>
-__device__ inline int next_unit(const typename Shape::Params& p, int unit) {
-  if constexpr (Shape::kRelative) {
-    if (p.turns != nullptr) return unit + static_cast<int>(gridDim.x);
-  }
-  return add_atomically(p.common.counter, 1);
-}
-
-template <class Shape>
-__device__ inline int first_unit(const typename Shape::Params& p) {
-  if constexpr (Shape::kRelative) {
-    if (p.turns != nullptr) return static_cast<int>(blockIdx.x);
-  }
-  return add_atomically(p.common.counter, 1);
-}
 
 template <class Shape>
 __device__ inline void backward_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {

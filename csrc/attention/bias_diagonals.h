@@ -10,7 +10,7 @@
 
 #include <cutlass/numeric_conversion.h>
 
-#include "attention/device.h"
+#include "attention/ds_block.h"
 
 namespace genrec::attention {
 
@@ -21,7 +21,7 @@ __device__ inline cutlass::Array<float, 2> two_of(uint32_t word) {
       *reinterpret_cast<const cutlass::Array<Element, 2>*>(&word));
 }
 
-template <class Element, bool kProducts>
+template <class Element, bool kProducts, class Block = SwizzledBlock>
 struct DiagonalSums {
   static constexpr int kMargin = 8;  // zeros before and behind each row's 120 entries
   static constexpr int kStride = kMargin + 120 + kMargin;  // 8 banks from row to row
@@ -41,14 +41,15 @@ struct DiagonalSums {
     sync_warp();
   }
 
-  // sums[n]: of the pairs with key - query = lane + 32 n - 63. `block`: 64 key rows of 64 queries (score_offset).
+  // sums[n]: of the pairs with key - query = lane + 32 n - 63.
   __device__ void add_up(const char* block, float (&sums)[4]) const {
     const int row = lane % 8;  // which this lane names to the load, of a piece of number lane / 8
-    const char* own_row[2] = {block + row * 128 + (lane / 8 ^ row) * 16, block + row * 128 + (lane / 8 + 4 ^ row) * 16};
+    const char* own_row[2] = {block + Block::at(row, lane / 8), block + Block::at(row, lane / 8 + 4)};
     uint32_t words[kAhead][4];
     // Pieces (i, (i + t) mod 8) for four i's, the lower ones where n is even; t = n / 2.
     const auto fetch = [&](int n) {
-      const int down = lane / 8 * 1024 + (n / 2 + n % 2 * 4) * 1024 & 7 * 1024;
+      constexpr int kDown = Block::kEightKeys;
+      const int down = lane / 8 * kDown + (n / 2 + n % 2 * 4) * kDown & 7 * kDown;
       kProducts ? load_matrices_transposed(own_row[n % 2] + down, words[n % kAhead])
                 : load_matrices(own_row[n % 2] + down, words[n % kAhead]);
     };
@@ -86,7 +87,8 @@ struct DiagonalSums {
       float sum = 0.f;
       CUTE_NO_UNROLL
       for (int k = apart > 0 ? apart : 0; k < 64 && k - apart < 64; ++k)
-        sum += static_cast<float>(*reinterpret_cast<const Element*>(block + k * 128 + ((k - apart) * 2 ^ k % 8 * 16)));
+        sum += static_cast<float>(
+            *reinterpret_cast<const Element*>(block + Block::at(k, (k - apart) / 8) + (k - apart) % 8 * 2));
       sums[n] = sum;
     }
   }
