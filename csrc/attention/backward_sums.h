@@ -16,13 +16,15 @@
 
 namespace genrec::attention {
 
-// What is known of the times of a block's queries and keys, as a BiasTile has it of a tile: keys are its fixed rows.
+// What is known of the times of a block's queries and keys, as a BiasTile has it of a tile: keys are its fixed rows. kFew:
+// the queries' times rise, and those with near < key time - shift are on one side of an edge.
 struct alignas(16) BlockTimes {
-  int near[64];
-  int64_t base, shift[kFewEdges];
+  static constexpr int kMostEdges = 8;  // more take as long as look-ups
+  int near[64];  // of each query: time - base
+  int64_t base, shift[kMostEdges];
   TimeKind kind;
-  int sign, first, edges;
-  int longest;  // from the first of the queries' times to the last
+  int sign;  // 1: keys are later than queries; -1: the reverse
+  int first, edges;
 };
 
 // A step: a tile of keys and all queries of the unit. Written by the warp that prepares it.
@@ -93,6 +95,10 @@ __device__ inline int pick_stored_unit(const typename Shape::Params& p, int w, i
     w = next_unit<Shape>(p, w);
   return w;
 }
+
+// Steps behind the last one, so that each warp that sums has a block of one of them.
+template <class Shape>
+constexpr int kEndSteps = divide_up(Shape::kSummingWarps, Shape::Parts::kCount);
 
 // Which keys a unit's queries see.
 template <class Shape>
@@ -174,10 +180,16 @@ __device__ inline void sums_produce(const typename Shape::Params& p, typename Sh
   }
   shared.work[work.stage].tile.sequence = -1;
   shared.work_ring.full[work.stage].arrive();
-  if (!sums_tables<Shape>(p)) return;
-  shared.ring.empty[at.stage].wait(at.parity);
-  shared.ring.full[at.stage].arrive();
+  for (int n = 0; n < kEndSteps<Shape> && sums_tables<Shape>(p); ++n, at.next()) {
+    shared.ring.empty[at.stage].wait(at.parity);
+    shared.ring.full[at.stage].arrive();
+  }
 }
+
+struct PartTimes {
+  TimeSpan span;
+  bool rise;
+};
 
 // One of the warps that prepare steps, by turns.
 template <class Shape>
@@ -202,9 +214,10 @@ struct SumsPreparer {
       if (next < count) next = one_unit(tile, sight, next, count);
       next -= count;
     }
-    if (next > 0) return;
-    shared.ring.empty[place.stage].wait(place.parity);
-    announce({{}, 0, -1, 0.f});
+    for (; next < kEndSteps<Shape>; next += Shape::kPreparers) {
+      shared.ring.empty[place.stage].wait(place.parity);
+      announce({{}, 0, -1, 0.f});
+    }
   }
 
  private:
@@ -220,8 +233,8 @@ struct SumsPreparer {
     const TileTimes<false> times(p.bias, tile);
     const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
     const bool timed = p.bias.time_sums != nullptr;
-    TimeSpan queries{0, 0};  // of the 64 of the part that the lane's number names
-    int later[kQueries / 32];  // the lane's queries, from the first of their part on
+    PartTimes queries{{0, 0}, false};  // of the 64 of the part that the lane's number names
+    int later[kQueries / 32];          // the lane's queries, from the first of their part on
     CUTE_UNROLL
     for (int part = 0; part < kParts && timed; ++part) {
       const int query = tile.first + 64 * part + lane;
@@ -229,8 +242,9 @@ struct SumsPreparer {
       TimeSpan span{first, first};
       span.take({second, second});
       span = span.of_warp();
-      if (lane >= part) queries = span;
       later[2 * part] = static_cast<int>(first - span.low), later[2 * part + 1] = static_cast<int>(second - span.low);
+      const bool rise = rising(later[2 * part], later[2 * part + 1]);
+      if (lane >= part) queries = {span, rise};
     }
     CUTE_NO_UNROLL
     for (; next < count; next += Shape::kPreparers) {
@@ -250,47 +264,45 @@ struct SumsPreparer {
     return next;
   }
 
-  __device__ void put_times(const TimeSpan& keys, const TimeSpan& queries, const int (&later)[kQueries / 32]) const {
+  // Whether 64 numbers, of each lane two, never fall.
+  __device__ bool rising(int first, int second) const {
+    const auto following = [&](int number) {
+      return static_cast<int>(float_bits(from_lane(float_of(static_cast<uint32_t>(number)), (lane + 1) % 32)));
+    };
+    const int after_first = following(lane == 0 ? second : first), after_second = following(second);
+    return !any_lane(after_first < first || (lane < 31 && after_second < second));
+  }
+
+  __device__ void put_times(const TimeSpan& keys, const PartTimes& queries, const int (&later)[kQueries / 32]) const {
     BlockTimes(&blocks)[kParts] = shared.blocks[place.stage];
-    if (lane < kParts) put_kind(blocks[lane], keys, queries);
-    sync_warp();
+    TimeKind kind = TimeKind::kOne;
+    if (lane < kParts) kind = put_kind(blocks[lane], keys, queries);
+    if (!any_lane(kind == TimeKind::kFew || kind == TimeKind::kNear)) return;
     CUTE_UNROLL
-    for (int part = 0; part < kParts; ++part) {
-      BlockTimes& block = blocks[part];
-      const TimeKind kind = block.kind;
-      if (kind != TimeKind::kFew && kind != TimeKind::kNear) continue;
-      const bool rising = block.sign > 0;
-      const int longest = block.longest;
-      CUTE_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        const int time = later[2 * part + n];
-        block.near[32 * n + lane] = rising ? time : longest - time;
-      }
-    }
+    for (int n = 0; n < kQueries / 32; ++n) blocks[n / 2].near[n % 2 * 32 + lane] = later[n];
   }
 
   // As BiasWriter does for a tile, a lane for each block.
-  __device__ void put_kind(BlockTimes& block, const TimeSpan& keys, const TimeSpan& queries) const {
+  __device__ TimeKind put_kind(BlockTimes& block, const TimeSpan& keys, const PartTimes& part) const {
     const BucketTables& buckets = shared.buckets;
+    const TimeSpan& queries = part.span;
     constexpr int64_t kSafe = int64_t{1} << 61, kShort = int64_t{1} << (kNearBits - 1);
-    if (keys.low <= -kSafe || keys.high >= kSafe || queries.low <= -kSafe || queries.high >= kSafe) {
-      block.kind = TimeKind::kWide;
-      return;
-    }
+    if (keys.low <= -kSafe || keys.high >= kSafe || queries.low <= -kSafe || queries.high >= kSafe)
+      return block.kind = TimeKind::kWide;
     const TimeDistances apart(keys, queries);
     const int first = bucket_of(buckets, distance_of(apart.nearest, 0));
     const int edges = bucket_of(buckets, distance_of(apart.farthest, 0)) - first;
     const bool brief = keys.high - keys.low < kShort && queries.high - queries.low < kShort;
-    const bool few = edges == 0 || (apart.one_sign() && edges <= kFewEdges && brief);
-    const int sign = !few || apart.ahead >= 0 ? 1 : -1;
-    const int64_t base = sign > 0 ? queries.low : -queries.high;
-    block.kind = edges == 0 ? TimeKind::kOne
-                 : few      ? TimeKind::kFew
-                            : apart.farthest < int64_t{1} << kNearBits ? TimeKind::kNear : TimeKind::kWide;
-    block.sign = sign, block.first = first, block.edges = edges;
-    block.base = base, block.longest = static_cast<int>(queries.high - queries.low);
+    const bool few = apart.one_sign() && edges <= BlockTimes::kMostEdges && brief && part.rise;
+    const int sign = apart.ahead >= 0 ? 1 : -1;
+    block.sign = sign, block.first = first, block.edges = edges, block.base = queries.low;
+    // Keys are later by an edge where near <= key time - edge - base, earlier where not near < key time + edge - base.
     CUTE_NO_UNROLL
-    for (int k = 0; k < edges && few; ++k) block.shift[k] = buckets.edges[first + 1 + k] + base;
+    for (int k = 0; k < edges && few; ++k)
+      block.shift[k] = queries.low + sign * buckets.edges[first + 1 + k] - (sign > 0);
+    return block.kind = edges == 0 ? TimeKind::kOne
+                        : few      ? TimeKind::kFew
+                                   : apart.farthest < int64_t{1} << kNearBits ? TimeKind::kNear : TimeKind::kWide;
   }
 };
 
@@ -308,13 +320,14 @@ struct StoredSumsWarp : BlockSums<Shape> {
     constexpr uint32_t kParts = Shape::Parts::kCount;
     this->clear();
     const bool ordered = p.turns != nullptr;
-    Place<Shape::kStages> at(0);
     uint32_t mine = ordered ? warp : take();  // counts the blocks of all steps
+    Place<Shape::kStages> at(0);
+    // Each warp sees each step, or phases of a barrier would pass it by.
     for (uint32_t before = 0;; before += kParts, at.next()) {
       shared.ring.full[at.stage].wait(at.parity);
-      const auto& [tile, key, parts, scale] = shared.steps[at.stage];
-      if (parts < 0) break;
       for (; mine < before + kParts; mine = ordered ? mine + Shape::kSummingWarps : take()) {
+        const auto& [tile, key, parts, scale] = shared.steps[at.stage];
+        if (parts < 0) return this->store();
         const int part = mine - before;
         if (!(parts >> part & 1)) continue;
         const char* block = reinterpret_cast<const char*>(shared.ds[at.stage] + part * Shape::Parts::kElements);
@@ -323,7 +336,6 @@ struct StoredSumsWarp : BlockSums<Shape> {
       }
       release(shared.ring.empty[at.stage]);
     }
-    this->store();
   }
 
  private:
@@ -354,12 +366,13 @@ __device__ inline void sums_consume(const typename Shape::Params& p, typename Sh
     Tensor first = partition_fragment_C(dq_mma, Extent<64, D>{});
     Tensor second = partition_fragment_C(dq_mma, Extent<64, D>{});
     Tensor third = partition_fragment_C(dq_mma, Extent<64, D>{});
-    clear(first), clear(second), clear(third);
-    const auto issue = [&] {
+    const auto issue = [&](auto starts) {
+      constexpr bool kStarts = decltype(starts)::value;
       shared.ring.full[at.stage].wait(at.parity);
-      issue_product<false>(dq_mma, ds_parts(_, _, _, kParts * at.stage), k_columns(_, _, _, at.stage), first);
-      issue_product<false>(dq_mma, ds_parts(_, _, _, kParts * at.stage + 1), k_columns(_, _, _, at.stage), second);
-      issue_product<false>(dq_mma, ds_parts(_, _, _, kParts * at.stage + 2), k_columns(_, _, _, at.stage), third);
+      const auto keys = k_columns(_, _, _, at.stage);
+      issue_product<kStarts>(dq_mma, ds_parts(_, _, _, kParts * at.stage), keys, first);
+      issue_product<kStarts>(dq_mma, ds_parts(_, _, _, kParts * at.stage + 1), keys, second);
+      issue_product<kStarts>(dq_mma, ds_parts(_, _, _, kParts * at.stage + 2), keys, third);
       at.next();
     };
     const auto finish = [&](auto pending) {
@@ -369,13 +382,15 @@ __device__ inline void sums_consume(const typename Shape::Params& p, typename Sh
       done.next();
     };
     if (count > 0) {
-      issue();
+      issue(true_type{});
       CUTE_NO_UNROLL
       for (int n = 1; n < count; ++n) {
-        issue();
+        issue(false_type{});
         finish(Int<kParts>{});
       }
       finish(_0{});
+    } else {
+      clear(first), clear(second), clear(third);
     }
     const auto& [tile, head, steps] = shared.work[work.stage];
     const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;

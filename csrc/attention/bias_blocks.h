@@ -2,14 +2,14 @@
 //
 // A warp has its own copies of the tables. Additions of floating-point numbers have a fixed order, and a last kernel adds
 // the copies up. Position: bias_diagonals.h; what it gives is added to the warp's copy by reductions that nobody waits for,
-// and nobody else adds to that copy. Time: up to five edges are compared with; where buckets are looked up,
-// bias_histogram.h adds.
+// and nobody else adds to that copy. Time: a few edges are compared with, pair by pair or, where times rise, by bias_cuts.h;
+// where buckets are looked up, bias_histogram.h adds.
 //
 // Beside products a read of shared memory takes some 200 cycles, and a warp waits for its own alone: what a block takes is
 // the number of its waits. So reads are issued some rows before their use.
 #pragma once
 
-#include "attention/bias_diagonals.h"
+#include "attention/bias_cuts.h"
 #include "attention/bias_histogram.h"
 #include "attention/bias_tile.h"
 
@@ -28,14 +28,17 @@ struct SmallBlockMemory {
   int reach[64];
 };
 
-// Shape::Block: how the block lies there (ds_block.h); Shape::BlockTile: what is known of its times, as a BiasTile has it.
+// Shape::Block: how the block lies there (ds_block.h); Shape::BlockTile: what is known of its times, as a BiasTile has it
+// (of tiled blocks: BlockTimes).
 template <class Shape>
 struct BlockSums {
   using Element = typename Shape::Element;
   using Block = typename Shape::Block;
   using Tile = typename Shape::BlockTile;
   using Memory = typename Shape::BlockMemory;
-  using Diagonals = DiagonalSums<Element, Shape::kSumsByProducts, Block>;
+  static constexpr bool kTiled = cute::is_same_v<Block, TiledBlock>;
+  using Diagonals =
+      cute::conditional_t<kTiled, PairedDiagonalSums<Element>, DiagonalSums<Element, Shape::kSumsByProducts>>;
   static constexpr bool kSplit = Shape::kSplitTables, kOneScratch = cute::is_same_v<Memory, SmallBlockMemory>;
   static constexpr int kCopies = Shape::kTableCopies;
 
@@ -45,6 +48,9 @@ struct BlockSums {
   const int warp, copy;
   int lane;
   int (&reach)[64];
+  // Of tiled blocks: the lane's share of what the last ones, of one bucket all, add to it.
+  float pending = 0.f;
+  int pending_bucket = 0;
 
   // `number`: of the warp; where warps split the tables, the first has the position table, the second the time table.
   __device__ BlockSums(const typename Shape::Params& params, const BucketTables& buckets, Memory& own, int number)
@@ -76,7 +82,13 @@ struct BlockSums {
     lane = settled(lane);
     const TimeKind kind = tile.kind;
     if (kind == TimeKind::kOne) {
-      add_few<0>(block, tile, queries, total, scale);
+      if constexpr (kTiled) {
+        add_whole(tile.first, total * scale);
+      } else {
+        add_few<0>(block, tile, queries, total, scale);
+      }
+    } else if (kTiled && kind == TimeKind::kFew) {
+      if constexpr (kTiled) add_cut(block, tile, own, total, scale);
     } else if (kind == TimeKind::kFew) {
       write_reach(own, tile.sign, tile.shift[0]);
       add_between(block, tile, queries, total, scale);
@@ -103,8 +115,9 @@ struct BlockSums {
   }
 
   // Behind the last one.
-  __device__ void store() const {
+  __device__ void store() {
     if (!sums_time()) return;
+    if (kTiled) flush_pending();
     sync_warp();
     float* sums = p.bias.time_sums + (int64_t{blockIdx.x} * kCopies + copy) * p.bias.buckets;
     for (int b = lane; b < smaller(p.bias.buckets, kMostBuckets); b += 32) sums[b] = memory.buckets.sums[b];
@@ -179,12 +192,60 @@ struct BlockSums {
     if (p.bias.position_sums == nullptr) return total;
     const int entries = 2 * p.bias.max_positions - 1, first = apart + p.bias.max_positions - 64 + lane;
     float* table = p.bias.position_sums + (int64_t{blockIdx.x} * kCopies + copy) * entries;
+    if (kTiled && first >= lane && first - lane + 127 < entries) {
+      table += first;
+      CUTE_UNROLL
+      for (int n = 0; n < 4; ++n) add_to_global(table + 32 * n, scale * sums[n]);
+      return total;
+    }
     CUTE_UNROLL
     for (int n = 0; n < 4; ++n) {  // those outside of the table have no pair in the sequence
       const int place = first + 32 * n;
       if (place >= 0 && place < entries) add_to_global(table + place, scale * sums[n]);
     }
     return total;
+  }
+
+  // All pairs are in one bucket; far from the diagonal those of the next block are in the same.
+  __device__ void add_whole(int bucket, float share) {
+    if (bucket != pending_bucket) {
+      flush_pending();
+      pending_bucket = bucket;
+    }
+    pending += share;
+  }
+
+  __device__ void flush_pending() {
+    const float sum = sum_of_warp(pending);
+    if (lane == 0) memory.buckets.sums[pending_bucket] += sum;
+    pending = 0.f;
+  }
+
+  __device__ static float sum_of_warp(float share) {
+    CUTE_UNROLL
+    for (int lanes = 16; lanes > 0; lanes /= 2) share += float_of(exchange(float_bits(share), lanes));
+    return share;
+  }
+
+  // Edges cut a block whose queries' times rise. `total`: the lane's share of the sum of all.
+  __device__ void add_cut(const char* block, const Tile& tile, const int64_t* own, float total, float scale) {
+    const bool keys_later = tile.sign > 0;  // then the first queries are those behind an edge
+    const float all = sum_of_warp(total);
+    float* const sums = &memory.buckets.sums[tile.first];
+    const int edges = tile.edges;
+    float before = 0.f;  // sum of the queries before the last edge
+    if (keys_later) before = all;
+    CUTE_NO_UNROLL
+    for (int e = 0; e < edges; ++e) {
+      const int64_t shift = tile.shift[e];
+      int first, second;
+      count_below(tile.near, static_cast<int>(own[lane] - shift), static_cast<int>(own[lane + 32] - shift), first, second);
+      const float below = sum_below<Element>(block, first, second, lane);
+      const float between = keys_later ? before - below : below - before;
+      if (lane == 0) sums[e] += between * scale;
+      before = below;
+    }
+    if (lane == 0) sums[edges] += (keys_later ? before : all - before) * scale;
   }
 
   // reach = sign * time - base, of the block's 64 key rows.
