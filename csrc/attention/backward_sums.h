@@ -381,6 +381,13 @@ __device__ inline void sums_consume(const typename Shape::Params& p, typename Sh
       release(shared.ring.empty[done.stage]);
       done.next();
     };
+    const auto store = [&](const auto& dq, int part) {
+      const auto& [tile, head, steps] = shared.work[work.stage];
+      const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
+      const int row = tile.first + 64 * part;
+      store_rows<Element>(dq, 2.f * p.common.half_alpha * scale, p.dq, int64_t{tile.query_start} + row, head, 0,
+                          tile.queries - row);
+    };
     if (count > 0) {
       issue(true_type{});
       CUTE_NO_UNROLL
@@ -389,17 +396,12 @@ __device__ inline void sums_consume(const typename Shape::Params& p, typename Sh
         finish(Int<kParts>{});
       }
       finish(_0{});
+      store(first, 0), store(second, 1), store(third, 2);
     } else {
-      clear(first), clear(second), clear(third);
+      clear(first);
+      CUTE_NO_UNROLL
+      for (int part = 0; part < kParts; ++part) store(first, part);
     }
-    const auto& [tile, head, steps] = shared.work[work.stage];
-    const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
-    const auto store = [&](const auto& dq, int part) {
-      const int row = tile.first + 64 * part;
-      store_rows<Element>(dq, 2.f * p.common.half_alpha * scale, p.dq, int64_t{tile.query_start} + row, head, 0,
-                          tile.queries - row);
-    };
-    store(first, 0), store(second, 1), store(third, 2);
     release(shared.work_ring.empty[work.stage]);
   }
 }

@@ -148,6 +148,9 @@ struct PairedDiagonalSums : DiagonalRows<Element, TiledBlock> {
     const char* row = block + lane % 8 * 16 + (second ? kAlong : 0);
     const char* diagonal = row + (second ? kAlong : 0) + (across ? kAlong : 0);  // of t = 0: i to i + 3
     const int down = across ? kAcross : kOwn, further = second ? 2 * down - 3 * kAlong : 0;
+    // From other lanes: of words that it knows the assembler would write new ones for each product. Lane 2 holds a zero.
+    const auto held_by = [&](int other) { return float_bits(from_lane(float_of(identity), other)); };
+    const uint32_t left[4] = {held_by(lane), held_by(2), held_by(3), held_by(lane)};
     uint32_t words[kAhead][4];
     const auto fetch = [&](int n) {
       const int t = first_t[n];
@@ -162,8 +165,8 @@ struct PairedDiagonalSums : DiagonalRows<Element, TiledBlock> {
     CUTE_UNROLL
     for (int n = 0; n < kLoads; ++n) {
       const uint32_t(&own)[4] = words[n % kAhead];
-      add_product<Element>(pieces[first_t[n]], identity, 0, 0, identity, own[0], own[1]);
-      add_product<Element>(pieces[second_t[n]], identity, 0, 0, identity, own[2], own[3]);
+      add_product<Element>(pieces[first_t[n]], left[0], left[1], left[2], left[3], own[0], own[1]);
+      add_product<Element>(pieces[second_t[n]], left[0], left[1], left[2], left[3], own[2], own[3]);
       if (n + kAhead < kLoads) fetch(n + kAhead);
     }
     float* own = &memory[lane / 4][kMargin + 56 + lane % 4 * 2];
