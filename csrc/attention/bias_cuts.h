@@ -30,10 +30,12 @@ __device__ inline float sum_below(const char* block, int first, int second, int 
   uint4 words[kAhead];  // a lane has 8 queries of a key
   const auto fetch = [&](int n) { words[n % kAhead] = *reinterpret_cast<const uint4*>(block + 512 * n + 16 * lane); };
   float sums[2][4] = {};
+  const int most = largest_of_warp(larger(first, second));
   CUTE_UNROLL
   for (int n = 0; n < kAhead; ++n) fetch(n);
   CUTE_UNROLL
   for (int n = 0; n < 16; ++n) {
+    if (n % 4 == 0 && n / 2 * 8 >= most) break;
     const uint4 own = words[n % kAhead];
     if (n + kAhead < 16) fetch(n + kAhead);
     const uint32_t query = kOf1024 + n / 2 * 8 * kTwice + (1 << 16), to = below[n % 2];
