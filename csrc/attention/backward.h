@@ -113,6 +113,24 @@ struct BackwardShape {
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
 
+// Every unit comes off the counter; but sums of tables that repeat bit by bit need the same units in the same block, too:
+// each takes every gridDim-th.
+template <class Shape>
+__device__ inline int next_unit(const typename Shape::Params& p, int unit) {
+  if constexpr (Shape::kRelative) {
+    if (p.turns != nullptr) return unit + static_cast<int>(gridDim.x);
+  }
+  return add_atomically(p.common.counter, 1);
+}
+
+template <class Shape>
+__device__ inline int first_unit(const typename Shape::Params& p) {
+  if constexpr (Shape::kRelative) {
+    if (p.turns != nullptr) return static_cast<int>(blockIdx.x);
+  }
+  return add_atomically(p.common.counter, 1);
+}
+
 template <class Shape>
 __device__ inline void backward_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;

@@ -28,24 +28,6 @@ __device__ inline bool sums_tables(const typename Shape::Params& p) {
   return false;
 }
 
-// Every unit comes off the counter; but sums of tables that repeat bit by bit need the same units in the same block, too:
-// each takes every gridDim-th.
-template <class Shape>
-__device__ inline int next_unit(const typename Shape::Params& p, int unit) {
-  if constexpr (Shape::kRelative) {
-    if (p.turns != nullptr) return unit + static_cast<int>(gridDim.x);
-  }
-  return add_atomically(p.common.counter, 1);
-}
-
-template <class Shape>
-__device__ inline int first_unit(const typename Shape::Params& p) {
-  if constexpr (Shape::kRelative) {
-    if (p.turns != nullptr) return static_cast<int>(blockIdx.x);
-  }
-  return add_atomically(p.common.counter, 1);
-}
-
 // One of the warps that prepare the bias of query tiles. Steps are dealt out in the order in which they are consumed,
 // those of all units of work in one sequence: warp n has every kPreparers-th.
 template <class Shape>

@@ -88,13 +88,25 @@ using PartLayout = decltype(cute::tile_to_shape(
     cute::Shape<cute::Int<Parts::kRows>, cute::Int<kCellKeys>, cute::Int<Parts::kCount * kStages>>{},
     cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-// The next unit from `w` on whose sequence has a place in the store.
-template <class Shape>
-__device__ inline int pick_stored_unit(const typename Shape::Params& p, int w, int units) {
-  while (w < units && p.store.first[p.list.tiles[work_unit(w, p.common.heads).tile].sequence] < 0)
-    w = next_unit<Shape>(p, w);
-  return w;
-}
+// The units of work whose sequences have a place in the store: each block takes the next one, or, where tables have to
+// repeat bit by bit, every gridDim-th.
+struct StoredUnits {
+  const BackwardParams& p;
+  const int units;
+
+  __device__ int first() const { return from(p.turns != nullptr ? static_cast<int>(blockIdx.x) : another(0)); }
+  __device__ int after(int unit) const { return from(another(unit)); }
+
+ private:
+  __device__ int another(int unit) const {
+    return p.turns != nullptr ? unit + static_cast<int>(gridDim.x) : add_atomically(p.common.counter, 1);
+  }
+  __device__ int from(int unit) const {
+    while (unit < units && p.store.first[p.list.tiles[work_unit(unit, p.common.heads).tile].sequence] < 0)
+      unit = another(unit);
+    return unit;
+  }
+};
 
 // Steps behind the last one, so that each warp that sums has a block of one of them.
 template <class Shape>
@@ -156,13 +168,13 @@ __device__ inline void sums_produce(const typename Shape::Params& p, typename Sh
   Place<2> work(1);
   Place<Shape::kStages> at(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
-  for (int w = first_unit<Shape>(p);; work.next()) {
-    w = pick_stored_unit<Shape>(p, w, units);
+  const StoredUnits order{p, units};
+  for (int w = order.first();; work.next()) {
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) break;
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
-    w = next_unit<Shape>(p, w);
+    w = order.after(w);
     const UnitSight<Shape> sight(p.common, tile);
     const CellPlaces places(p.store, stored_sequence(tile, sight.mask), tile.sequence, unit.head, heads);
     const int count = sight.ranges.count();

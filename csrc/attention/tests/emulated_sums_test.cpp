@@ -1,6 +1,6 @@
 // The kernel that gives dQ and the gradients of the relative bias's tables from dS in memory, run on the host (emulator.h),
 // against sums in fp64. dS is the reference's, rounded.
-#include "attention/tests/store.h"
+#include "attention/tests/problem.h"
 
 #include "attention/backward_sums.h"
 

@@ -2,7 +2,6 @@
 #include "attention/tests/problem.h"
 
 #include "attention/backward_plain.h"
-#include "attention/tests/store.h"
 
 using namespace genrec::attention;
 
