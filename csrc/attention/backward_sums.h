@@ -16,15 +16,19 @@
 
 namespace genrec::attention {
 
-// What is known of the times of a block's queries and keys, as a BiasTile has it of a tile: keys are its fixed rows. kFew:
-// the queries' times rise, and those with near < key time - shift are on one side of an edge.
-struct alignas(16) BlockTimes {
+// How a block's buckets are told, as in bias_tile.h, its keys being the fixed rows.
+struct BlockKind {
+  TimeKind kind;
+  int sign;          // 1: keys are later than queries; -1: the reverse
+  int first, edges;  // the block's first bucket; the number of edges that cut it
+};
+
+// What BlockSums has of a block's times. kFew: the queries' rise, and those with near < key time - shift are on one side of
+// an edge.
+struct alignas(16) BlockTimes : BlockKind {
   static constexpr int kMostEdges = 8;  // more take as long as look-ups
   int near[64];  // of each query: time - base
   int64_t base, shift[kMostEdges];
-  TimeKind kind;
-  int sign;  // 1: keys are later than queries; -1: the reverse
-  int first, edges;
 };
 
 // A step: a tile of keys and all queries of the unit. Written by the warp that prepares it.
@@ -262,14 +266,18 @@ struct SumsPreparer {
     for (; next < count; next += Shape::kPreparers) {
       const int key = sight.ranges.tile(next) * Shape::kKeys, parts = sight.parts(tile, key);
       int64_t first = 0, second = 0;
-      if (timed) first = times.fixed(key + lane), second = times.fixed(key + lane + 32);
+      BlockKind kind{};
+      if (timed) {  // now: waiting for room goes on beside it
+        first = times.fixed(key + lane), second = times.fixed(key + lane + 32);
+        TimeSpan keys{first, first};
+        keys.take({second, second});
+        kind = kind_of(keys.of_warp(), queries);
+      }
       shared.ring.empty[place.stage].wait(place.parity);
       if (timed) {
         int64_t* const own = shared.times[place.stage];
         own[lane] = first, own[lane + 32] = second;
-        TimeSpan keys{first, first};
-        keys.take({second, second});
-        put_times(keys.of_warp(), queries, later);
+        put_times(kind, queries.span.low, later);
       }
       announce({tile, key, parts, scale});
     }
@@ -285,36 +293,39 @@ struct SumsPreparer {
     return !any_lane(after_first < first || (lane < 31 && after_second < second));
   }
 
-  __device__ void put_times(const TimeSpan& keys, const PartTimes& queries, const int (&later)[kQueries / 32]) const {
-    BlockTimes(&blocks)[kParts] = shared.blocks[place.stage];
-    TimeKind kind = TimeKind::kOne;
-    if (lane < kParts) kind = put_kind(blocks[lane], keys, queries);
-    if (!any_lane(kind == TimeKind::kFew || kind == TimeKind::kNear)) return;
-    CUTE_UNROLL
-    for (int n = 0; n < kQueries / 32; ++n) blocks[n / 2].near[n % 2 * 32 + lane] = later[n];
-  }
-
-  // As BiasWriter does for a tile, a lane for each block.
-  __device__ TimeKind put_kind(BlockTimes& block, const TimeSpan& keys, const PartTimes& part) const {
+  // As BiasWriter does for a tile, each lane for the part that its number names.
+  __device__ BlockKind kind_of(const TimeSpan& keys, const PartTimes& part) const {
     const BucketTables& buckets = shared.buckets;
     const TimeSpan& queries = part.span;
     constexpr int64_t kSafe = int64_t{1} << 61, kShort = int64_t{1} << (kNearBits - 1);
     if (keys.low <= -kSafe || keys.high >= kSafe || queries.low <= -kSafe || queries.high >= kSafe)
-      return block.kind = TimeKind::kWide;
+      return {TimeKind::kWide, 1, 0, 0};
     const TimeDistances apart(keys, queries);
     const int first = bucket_of(buckets, distance_of(apart.nearest, 0));
     const int edges = bucket_of(buckets, distance_of(apart.farthest, 0)) - first;
     const bool brief = keys.high - keys.low < kShort && queries.high - queries.low < kShort;
     const bool few = apart.one_sign() && edges <= BlockTimes::kMostEdges && brief && part.rise;
-    const int sign = apart.ahead >= 0 ? 1 : -1;
-    block.sign = sign, block.first = first, block.edges = edges, block.base = queries.low;
-    // Keys are later by an edge where near <= key time - edge - base, earlier where not near < key time + edge - base.
-    CUTE_NO_UNROLL
-    for (int k = 0; k < edges && few; ++k)
-      block.shift[k] = queries.low + sign * buckets.edges[first + 1 + k] - (sign > 0);
-    return block.kind = edges == 0 ? TimeKind::kOne
-                        : few      ? TimeKind::kFew
-                                   : apart.farthest < int64_t{1} << kNearBits ? TimeKind::kNear : TimeKind::kWide;
+    const bool near = apart.farthest < int64_t{1} << kNearBits;
+    return {edges == 0 ? TimeKind::kOne : few ? TimeKind::kFew : near ? TimeKind::kNear : TimeKind::kWide,
+            apart.ahead >= 0 ? 1 : -1, first, edges};
+  }
+
+  // `base`: the least of the part's times.
+  __device__ void put_times(const BlockKind& kind, int64_t base, const int (&later)[kQueries / 32]) const {
+    BlockTimes(&blocks)[kParts] = shared.blocks[place.stage];
+    const bool few = kind.kind == TimeKind::kFew;
+    if (lane < kParts) {
+      BlockTimes& block = blocks[lane];
+      static_cast<BlockKind&>(block) = kind;
+      block.base = base;
+      // Keys are later by an edge where near <= key time - edge - base, earlier where not near < key time + edge - base.
+      CUTE_NO_UNROLL
+      for (int k = 0; few && k < kind.edges; ++k)
+        block.shift[k] = base + kind.sign * shared.buckets.edges[kind.first + 1 + k] - (kind.sign > 0);
+    }
+    if (!any_lane(few || kind.kind == TimeKind::kNear)) return;
+    CUTE_UNROLL
+    for (int n = 0; n < kQueries / 32; ++n) blocks[n / 2].near[n % 2 * 32 + lane] = later[n];
   }
 };
 
