@@ -365,9 +365,8 @@ struct BlockSums {
         CUTE_UNROLL
         for (int q = 0; q < 4; q += 2) {
           const auto two = two_of<Element>(q == 0 ? words[a].x : words[a].y);
-          // Zeros, half of a block at the diagonal, would keep shared memory busy where little else does.
-          if (!kTiled || two[0] != 0.f) counter.add(bucket[q], two[0]);
-          if (!kTiled || two[1] != 0.f) counter.add(bucket[q + 1], two[1]);
+          counter.add(bucket[q], two[0]);
+          counter.add(bucket[q + 1], two[1]);
         }
       }
     }
