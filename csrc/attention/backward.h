@@ -69,6 +69,10 @@ struct BackwardShape {
   // How diagonals are summed. Measured, as a whole with other changes: additions win from D = 128 on and lose at 64.
   static constexpr bool kSumsByProducts = D <= 64;
   using Teams = GradientTeams<kGradientWarps, kSplitTables>;
+  static constexpr int kTableCopies = Teams::kCopies;
+  using Block = SwizzledBlock;
+  using BlockTile = BiasTile;
+  using BlockMemory = genrec::attention::BlockMemory;
   using Gradient = cute::conditional_t<
       kSumsTables, GradientMemory<larger(Teams::kCopies, 1), Teams::kBlocks, larger(kScoreBuffers, 1)>, NoBiasMemory>;
 

@@ -77,6 +77,13 @@ __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); 
 // The larger of the upper and of the lower halves.
 __device__ inline uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 
+// All bits of a half where `a`, as a number of fp16, is less than `b`.
+__device__ inline uint32_t halves_below(uint32_t a, uint32_t b) {
+  uint32_t below;
+  asm("set.lt.u32.f16x2 %0, %1, %2;" : "=r"(below) : "r"(a), "r"(b));
+  return below;
+}
+
 // The bits of an integer's value in fp32, digits beyond cut off.
 __device__ inline uint32_t float_bits_below(uint32_t value) { return __float_as_uint(__uint2float_rz(value)); }
 __device__ inline uint32_t float_bits_below(uint64_t value) { return __float_as_uint(__ull2float_rz(value)); }

@@ -170,12 +170,13 @@ bool check_warp_instructions() {
 
 // Sums of a block's diagonals, one by one, by products and by additions.
 bool check_diagonals() {
-  std::vector<Element> block(64 * 64);
+  std::vector<Element> block(64 * 64), tiled(64 * 64);
   double wanted[128] = {};
   for (int k = 0; k < 64; ++k) {
     for (int q = 0; q < 64; ++q) {
       const Element x(std::normal_distribution<float>()(emulator::random_numbers));
       std::memcpy(reinterpret_cast<char*>(block.data()) + score_offset<64>(q, k), &x, 2);
+      std::memcpy(reinterpret_cast<char*>(tiled.data()) + TiledBlock::at(k, q / 8) + q % 8 * 2, &x, 2);
       wanted[k - q + 63] += float(x);
     }
   }
@@ -186,12 +187,15 @@ bool check_diagonals() {
     const DiagonalSums<Element, false> additions(memory, threadIdx.x);
     products.clear_margins();
     const char* at = reinterpret_cast<const char*>(block.data());
-    float sums[4], added[4], slow[4];
+    const char* other = reinterpret_cast<const char*>(tiled.data());
+    const PairedDiagonalSums<Element> pairs(memory, threadIdx.x);
+    float sums[4], added[4], paired[4], slow[4];
     for (int again = 0; again < 2; ++again) products.add_up(at, sums), additions.add_up(at, added);
+    pairs.add_up(other, paired);
     products.add_up_slowly(at, slow);
     for (int n = 0; n < 4; ++n) {
       const double one = wanted[threadIdx.x + 32 * n];
-      worst = std::max({worst, std::abs(sums[n] - one), std::abs(added[n] - one), std::abs(slow[n] - one)});
+      for (float found : {sums[n], added[n], paired[n], slow[n]}) worst = std::max(worst, std::abs(found - one));
     }
   });
   if (!(worst < 1e-4)) std::printf("diagonals: off by %g\n", worst);

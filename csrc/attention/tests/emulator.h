@@ -315,6 +315,12 @@ inline uint32_t larger_halves(uint32_t a, uint32_t b) {
   return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
 }
 
+// Not for NaN: numbers of one sign in the order of their bits.
+inline uint32_t halves_below(uint32_t a, uint32_t b) {
+  const auto below = [](uint32_t x, uint32_t y) { return int16_t(x) < int16_t(y) ? 0xffffu : 0u; };
+  return below(a >> 16, b >> 16) << 16 | below(a & 0xffff, b & 0xffff);
+}
+
 template <class Unsigned>
 uint32_t float_bits_below(Unsigned value) {
   float nearest = static_cast<float>(value);

@@ -184,6 +184,7 @@ struct Problem {
   Matrix q, k, v, d_out;
   BiasInput bias;
   std::vector<double> out, dq, dk, dv;
+  std::vector<std::vector<double>> d_scores;  // (sequence, head), (queries, keys)
   float alpha, scale = 0.02f;
 
   static int total(const Case& c, int Lengths::* which) {
@@ -207,8 +208,12 @@ struct Problem {
       contexts.push_back(s.contexts);
       targets.push_back(s.targets);
     }
-    for (size_t b = 0; b < c.sequences.size(); ++b)
-      for (int h = 0; h < c.heads; ++h) add_sequence(int(b), h);
+    for (size_t b = 0; b < c.sequences.size(); ++b) {
+      for (int h = 0; h < c.heads; ++h) {
+        d_scores.emplace_back(size_t(c.sequences[b].queries) * c.sequences[b].keys);
+        add_sequence(int(b), h);
+      }
+    }
   }
 
   void add_sequence(int b, int h) {
@@ -223,6 +228,7 @@ struct Problem {
         terms([&](float value, double&) { added += value; });
         const double d_score = add_pair(query_offsets[b] + i, key_offsets[b] + j, h, added);
         terms([&](float, double& gradient) { gradient += d_score; });
+        d_scores.back()[size_t(i) * s.keys + j] = d_score;
         bias.squares += d_score * d_score;
       }
     }

@@ -71,7 +71,10 @@ def _cuda_includes() -> list[Path] | None:
 @pytest.mark.skipif(_cutlass_include() is None, reason="needs CUTLASS's headers: pip install nvidia-cutlass")
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [(name, dim) for name in ("emulated_test", "emulated_bias_test") for dim in (32, 64, 128, 256)],
+    [
+        *((name, dim) for name in ("emulated_test", "emulated_bias_test") for dim in (32, 64, 128, 256)),
+        ("emulated_sums_test", 128),
+    ],
 )
 def test_kernels_run_on_the_host(tmp_path: Path, name: str, dim: int) -> None:
     """Thread for thread, with the GPU's own instructions emulated: barriers, tiles, masks, biases, sums, layouts."""
