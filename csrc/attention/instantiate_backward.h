@@ -4,6 +4,7 @@
 #include "attention/backward.h"
 #include "attention/backward_biased_keys.h"
 #include "attention/backward_plain.h"
+#include "attention/backward_sums.h"
 #include "attention/instantiate.h"
 
 namespace genrec::attention {
@@ -86,9 +87,9 @@ BackwardInstance biased_backward_instance(const char* dtype) {
 template <class Element, int D, bool kCausal>
 struct StoringBackward {
   using Keys = BiasedKeysShape<Element, kCausal>;
-  using Stored = StoredShape<Element, D, kCausal, typename Keys::Parts>;
+  using Stored = StoredSumsShape<Element, D, kCausal, typename Keys::Parts>;
   using LeftOver = BackwardShape<Element, D, kCausal, Part::kAll, Bias::kRelative>;
-  static constexpr int kStoredTables = 0;  // copies of the tables' gradients that a block of the second pass sums
+  static constexpr int kStoredTables = Stored::kCopies;  // of the tables' gradients, in a block of the second pass
 
   static cudaError_t launch(const BackwardParams& params, const BiasParams& bias, int pass, int blocks,
                             cudaStream_t stream) {
@@ -96,7 +97,9 @@ struct StoringBackward {
       return launch_kernel(pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>,
                            typename Keys::Params{params, bias.stored}, blocks, Keys::kThreads,
                            sizeof(typename Keys::Shared), stream);
-    if (pass == 1) return launch_plain<Stored>(stored_kernel<Stored>, params, blocks, stream);
+    if (pass == 1)
+      return launch_kernel(stored_sums_kernel<Stored>, params_of<Stored>(params, bias), blocks, Stored::kThreads,
+                           sizeof(typename Stored::Shared), stream);
     clear_dq_kernel<LeftOver><<<4 * blocks, 256, 0, stream>>>(params);
     return launch_backward<LeftOver>(params, bias, blocks, stream);
   }

@@ -315,13 +315,13 @@ struct BiasSums {
 };
 
 template <class Shape>
-bool pass(const Problem& problem, BackwardParams p, BiasSums& sums) {
+bool pass(const Problem& problem, BackwardParams p, BiasSums& sums, int first_copy = 0) {
   int counter = 0;
   p.common = problem.common(&counter);
   auto params = problem.with_bias<Shape>(p);
   if constexpr (Shape::kBias == Bias::kRelative) {
-    if (!sums.position.empty()) params.bias.position_sums = sums.position.data();
-    if (!sums.time.empty()) params.bias.time_sums = sums.time.data();
+    if (!sums.position.empty()) params.bias.position_sums = sums.position.data() + first_copy * problem.bias.position.size();
+    if (!sums.time.empty()) params.bias.time_sums = sums.time.data() + first_copy * problem.bias.time.size();
   }
   if constexpr (Shape::kBias == Bias::kDense) {
     params.bias.gradient = sums.dense.data();
