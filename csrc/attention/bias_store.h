@@ -1,0 +1,330 @@
+// The relative bias of whole sequences in device memory, computed once for all heads before the kernels that add it.
+//
+// Heads share the tables. A kernel that computes the bias beside its products does so once for each head, and what tells
+// buckets takes longer than the products; a kernel that loads two bytes a pair, most of them from the L2 cache since heads
+// run at the same time, hardly notices. Halved (SiLU(x) = h + h tanh(h), h = x / 2), in fp16, which has three digits more
+// than the weights that come of the sum are rounded to; what lies beyond its range, which no table in use comes near,
+// becomes its largest number.
+//
+// The bias lies in the cells of dS for one head (ds_store.h), their parts 64 queries x 64 keys. A part has the order of
+// accumulators: for each warp of a warpgroup (16 rows), each 16 columns and each lane, what is added to 8 of its scores. Rows
+// are queries forward (S = Q K^T) and keys backward (S^T = K Q^T).
+//
+// The kernel that fills parts gives each warp parts of its own. A part's times are told as bias_tile.h does, for each 16 rows:
+// most lie in one bucket, or few edges cut them; near the diagonal weights are looked up.
+#pragma once
+
+#include "attention/bias_tile.h"
+
+namespace genrec::attention {
+
+using BiasCell = CellParts<64>;
+constexpr int kBiasPartBytes = BiasCell::kElements * 2;
+
+// A place in a part, counted in 16 bytes.
+__device__ inline int stored_bias_at(int warp, int columns16, int lane) { return (warp * 4 + columns16) * 32 + lane; }
+
+// Parts of 64 queries, one behind the other in the order of keys.
+struct StoredBiasRow {
+  const char* first;
+  int last;  // the last part's number: those behind it are masked, and read as it
+
+  StoredBiasRow() = default;
+  template <class Mask>
+  __device__ StoredBiasRow(const BiasStore& store, const TileRecord& tile, const Mask& mask, int m) {
+    const CellPlaces places(store, stored_sequence(tile, mask), tile.sequence, 0, 1);
+    const bool any = m * BiasCell::kRows < tile.queries;
+    const int row = any ? m / BiasCell::kCount : 0;
+    first = static_cast<const char*>(store.data) +
+            (places.cell(row, 0) * BiasCell::kCount + m % BiasCell::kCount) * kBiasPartBytes;
+    last = any ? places.sequence.width(row) - 1 : 0;
+  }
+  __device__ const uint4* part(int column) const {
+    return reinterpret_cast<const uint4*>(first + int64_t{smaller(column, last)} * (BiasCell::kCount * kBiasPartBytes));
+  }
+};
+
+// What a consumer thread adds to its scores of a tile of kKeys keys.
+template <int kKeys>
+struct StoredBias {
+  static constexpr int kParts = kKeys / kCellKeys;
+  uint4 quads[kParts][4];
+
+  __device__ void load(const StoredBiasRow& row, int tile, Lane lane) {
+    CUTE_UNROLL
+    for (int n = 0; n < kParts; ++n) {
+      const uint4* from = row.part(tile * kParts + n) + stored_bias_at(lane.warp, 0, lane.lane);
+      CUTE_UNROLL
+      for (int c = 0; c < 4; ++c) quads[n][c] = load_written(from + 32 * c);
+    }
+  }
+
+  // h = (alpha s + bias) / 2.
+  template <class Scores>
+  __device__ void add_to(Scores& scores, float half_alpha) const {
+    CUTE_UNROLL
+    for (int e = 0; e < cute::size(scores); e += 8) {
+      const uint4& quad = quads[e / 32][e / 8 % 4];
+      const uint32_t words[4] = {quad.x, quad.y, quad.z, quad.w};
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const auto& pair = *reinterpret_cast<const cutlass::Array<cutlass::half_t, 2>*>(&words[j / 2]);
+        scores(e + j) = fmaf(scores(e + j), half_alpha, static_cast<float>(pair[j % 2]));
+      }
+    }
+  }
+};
+
+template <>
+struct StoredBias<0> {
+  __device__ void load(const StoredBiasRow&, int, Lane) {}
+};
+
+struct FillParams {
+  RelativeBias bias;  // its store: where to
+  WorkList list;      // tiles of queries, rows of cells
+  MaskRule rule;
+  int* counter;  // zero before the launch
+};
+
+constexpr int kFillThreads = 256;
+constexpr int kFillUnits = 32;  // that a row of cells is cut into
+constexpr int kMostFillEdges = 8;  // that cut 16 rows, beyond which looking weights up is quicker
+
+// A warp's own: of a part.
+struct FillMemory {
+  // Of the position table, halved: entry column - row + 63, twice as in BiasTile.
+  alignas(16) float window[2][144];
+  int near[64];  // g - base of streamed times g
+  struct {
+    int first;  // bucket of the nearest, or of the farthest where `rises` isn't set
+    int edges;  // that cut the 16 rows; or as they are looked up
+    int rises;  // distances fall as streamed times rise
+  } rows[4];
+};
+
+struct FillShared {
+  BucketTables buckets;
+  FillMemory warps[kFillThreads / 32];
+};
+
+// kQueryRows: which order.
+template <bool kQueryRows>
+struct BiasFiller {
+  static constexpr int kLookUp = -1, kLookUpWide = -2;
+  const FillParams& p;
+  const BucketTables& buckets;
+  FillMemory& own;
+  const int lane;
+
+  __device__ void run() const {
+    const int units = *p.list.length * kFillUnits;
+    for (;;) {
+      const int unit = largest_of_warp(lane == 0 ? add_atomically(p.counter, 1) : 0);
+      if (unit >= units) return;
+      const TileRecord tile = p.list.tiles[unit / kFillUnits];
+      if (is_stored(p.bias.store, tile.sequence)) some_parts(tile, unit % kFillUnits);
+    }
+  }
+
+ private:
+  // Every kFillUnits-th part that the mask shows.
+  __device__ void some_parts(const TileRecord& tile, int next) const {
+    const SequenceMask<false> mask(tile.keys, tile.contexts, tile.targets, p.rule);
+    const CellPlaces places(p.bias.store, stored_sequence(tile, mask), tile.sequence, 0, 1);
+    const int end = divide_up(smaller(tile.first + kCellQueries, tile.queries), 64);
+    CUTE_NO_UNROLL
+    for (int m = tile.first / 64; m < end; ++m) {
+      const int i0 = m * 64 + tile.keys - tile.queries;
+      const TileRanges ranges = mask.key_tiles(i0, smaller(i0 + 64, tile.keys), kCellKeys);
+      const int count = ranges.count();
+      CUTE_NO_UNROLL
+      for (; next < count; next += kFillUnits) {
+        const int column = ranges.tile(next);
+        const int64_t part = places.part<BiasCell>(m, column);
+        if (part >= 0) one_part(tile, m * 64, column * kCellKeys, part);
+      }
+      next -= count;
+    }
+  }
+
+  __device__ void one_part(const TileRecord& tile, int query, int key, int64_t part) const {
+    const int row = kQueryRows ? query : key, column = kQueryRows ? key : query;
+    uint4* to = static_cast<uint4*>(const_cast<void*>(p.bias.store.data)) + part * (kBiasPartBytes / 16);
+    const TileTimes<kQueryRows> times(p.bias, tile);
+    sync_warp();  // what the part before left has been read
+    put_window(key - (query + tile.keys - tile.queries));
+    uint32_t base = 0;
+    if (p.bias.time != nullptr) base = put_times(times, row, column);
+    sync_warp();
+    CUTE_NO_UNROLL
+    for (int n = 0; n < 4; ++n) sixteen_rows(times, row, column, n, base, to + stored_bias_at(n, 0, lane));
+  }
+
+  // `apart`: of the part's first key from its first query.
+  __device__ void put_window(int apart) const {
+    const int middle = apart + p.bias.max_positions - 1, last = 2 * p.bias.max_positions - 2;
+    CUTE_UNROLL
+    for (int x = lane; x < 128; x += 32) {
+      float value = 0.f;
+      if (p.bias.position != nullptr) {
+        const int entry = kQueryRows ? middle + x - 63 : middle - x + 63;
+        value = 0.5f * p.bias.position[larger(0, smaller(entry, last))];  // pairs outside of the sequence are hidden
+      }
+      own.window[0][x] = value;
+      if (x > 0) own.window[1][x - 1] = value;
+    }
+  }
+
+  // Streamed times, and how buckets are told of each 16 rows. Returns the lowest digits of what the times are counted from.
+  __device__ uint32_t put_times(const TileTimes<kQueryRows>& times, int row, int column) const {
+    int64_t fixed[2], streamed[2];
+    TimeSpan rows{kNoDistance, -kNoDistance}, columns{kNoDistance, -kNoDistance};
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      fixed[n] = times.fixed(row + 32 * n + lane), streamed[n] = times.streamed(column + 32 * n + lane);
+      rows.take({fixed[n], fixed[n]}), columns.take({streamed[n], streamed[n]});
+    }
+    rows = rows.of_warp(), columns = columns.of_warp();
+    constexpr int64_t kSafe = int64_t{1} << 61, kShort = int64_t{1} << (kNearBits - 1);
+    if (rows.low <= -kSafe || rows.high >= kSafe || columns.low <= -kSafe || columns.high >= kSafe) {
+      if (lane < 4) own.rows[lane] = {0, kLookUpWide, 1};
+      return 0;
+    }
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) own.near[32 * n + lane] = static_cast<int>(streamed[n] - columns.low);
+    const bool brief = rows.high - rows.low < kShort && columns.high - columns.low < kShort;
+    const TimeDistances apart(rows, columns);
+    const Buckets all = buckets_of(apart);
+    if (all.first == all.last) {
+      if (lane < 4) own.rows[lane] = {all.first, 0, 1};
+    } else {
+      CUTE_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const TimeDistances distances(TimeSpan{fixed[n], fixed[n]}.of_half_warp(), columns);
+        if (lane % 16 == 0) put_rows(2 * n + lane / 16, distances, brief);
+      }
+    }
+    return static_cast<uint32_t>(columns.low);
+  }
+
+  __device__ Buckets buckets_of(const TimeDistances& apart) const {
+    return {bucket_of(buckets, distance_of(apart.nearest, 0)), bucket_of(buckets, distance_of(apart.farthest, 0))};
+  }
+
+  __device__ void put_rows(int n, const TimeDistances& apart, bool brief) const {
+    const Buckets found = buckets_of(apart);
+    const int edges = found.last - found.first;
+    const bool few = edges == 0 || (apart.one_sign() && edges <= kMostFillEdges && brief);
+    const int kind = few ? edges : apart.farthest < int64_t{1} << kNearBits ? kLookUp : kLookUpWide;
+    own.rows[n] = {found.first, kind, apart.ahead >= 0};
+  }
+
+  // Rows [16 n, 16 n + 16) of a part.
+  __device__ void sixteen_rows(const TileTimes<kQueryRows>& times, int row, int column, int n, uint32_t base, uint4* to) const {
+    const int own_row = 16 * n + lane / 4, own_column = lane % 4 * 2;
+    const int x = own_column - own_row + 63, odd = x & 1;
+    const float* window = own.window[odd] + (x - odd) - 8;
+    const bool timed = p.bias.time != nullptr;
+    const int edges = timed ? own.rows[n].edges : 0, first = timed ? own.rows[n].first : 0;
+    const bool rises = timed && own.rows[n].rises;
+    if (edges < 0) {
+      look_up(times, row + own_row, column, own_column, edges == kLookUpWide, base, window, to);
+      return;
+    }
+    // Columns 8 to the right of a row are what stands 8 rows below.
+    float2 pairs[9];
+    const float weight = timed ? buckets.weights[rises ? first : first + edges] : 0.f;
+    CUTE_UNROLL
+    for (int k = 0; k < 9; ++k) {
+      pairs[k] = *reinterpret_cast<const float2*>(window + 8 * k);
+      pairs[k].x += weight, pairs[k].y += weight;
+    }
+    if (edges == 0) {
+      uint32_t words[9];
+      CUTE_UNROLL
+      for (int k = 0; k < 9; ++k) words[k] = pack_finite_halves(pairs[k].x, pairs[k].y);
+      CUTE_UNROLL
+      for (int c = 0; c < 4; ++c) to[32 * c] = make_uint4(words[2 * c + 1], words[2 * c], words[2 * c + 2], words[2 * c + 1]);
+      return;
+    }
+    float values[32];
+    CUTE_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      values[4 * k] = pairs[k + 1].x, values[4 * k + 1] = pairs[k + 1].y;
+      values[4 * k + 2] = pairs[k].x, values[4 * k + 3] = pairs[k].y;
+    }
+    add_edges(values, first, edges, rises, static_cast<uint32_t>(times.fixed(row + own_row)) - base,
+              static_cast<uint32_t>(times.fixed(row + own_row + 8)) - base, own.near + own_column);
+    CUTE_UNROLL
+    for (int c = 0; c < 4; ++c) put(to + 32 * c, values + 8 * c);
+  }
+
+  // An edge is behind the rows' f where near <= f - edge, or, where distances rise with the streamed times, it is before
+  // them where near < f + edge. Both sides fit into 32 bits, so that their lowest digits do.
+  __device__ void add_edges(float (&values)[32], int first, int edges, bool rises, uint32_t low, uint32_t high,
+                            const int* near) const {
+    CUTE_NO_UNROLL
+    for (int k = 0; k < edges; ++k) {
+      const auto edge = static_cast<uint32_t>(buckets.edges[first + 1 + k]);
+      const uint32_t reach = rises ? 0u - edge : edge - 1;
+      const float up = buckets.weights[first + 1 + k] - buckets.weights[first + k], step = rises ? up : -up;
+      const int reach_low = static_cast<int>(low + reach), reach_high = static_cast<int>(high + reach);
+      CUTE_UNROLL
+      for (int e = 0; e < 32; e += 4) {
+        const int2 streamed = *reinterpret_cast<const int2*>(near + 2 * e);
+        if (streamed.x <= reach_low) values[e] += step;
+        if (streamed.y <= reach_low) values[e + 1] += step;
+        if (streamed.x <= reach_high) values[e + 2] += step;
+        if (streamed.y <= reach_high) values[e + 3] += step;
+      }
+    }
+  }
+
+  // Every weight looked up, 16 columns at a time. `row`: the thread's first, counted in the sequence.
+  __device__ void look_up(const TileTimes<kQueryRows>& times, int row, int column, int own_column, bool wide, uint32_t base,
+                          const float* window, uint4* to) const {
+    const int64_t fixed[2] = {times.fixed(row), times.fixed(row + 8)};
+    CUTE_NO_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      float values[8];
+      CUTE_UNROLL
+      for (int e = 0; e < 8; e += 2) {
+        const int right = element_column(e), down = element_row(e) / 8;
+        const float2 pair = *reinterpret_cast<const float2*>(window + 16 * c + right + 8 - 8 * down);
+        values[e] = pair.x, values[e + 1] = pair.y;
+      }
+      if (wide) {
+        CUTE_UNROLL
+        for (int e = 0; e < 8; ++e) {
+          const int64_t streamed = times.streamed(column + own_column + 16 * c + element_column(e));
+          values[e] += buckets.weights[bucket_of(buckets, distance_of(fixed[element_row(e) / 8], streamed))];
+        }
+      } else {
+        CUTE_UNROLL
+        for (int e = 0; e < 8; ++e) {
+          const uint32_t from = static_cast<uint32_t>(fixed[element_row(e) / 8]) - base;
+          const auto near = static_cast<uint32_t>(own.near[own_column + 16 * c + element_column(e)]);
+          values[e] += buckets.weights[near_bucket_of(buckets, static_cast<int>(from - near))];
+        }
+      }
+      put(to + 32 * c, values);
+    }
+  }
+
+  __device__ static void put(uint4* to, const float* values) {
+    *to = make_uint4(pack_finite_halves(values[0], values[1]), pack_finite_halves(values[2], values[3]),
+                     pack_finite_halves(values[4], values[5]), pack_finite_halves(values[6], values[7]));
+  }
+};
+
+template <bool kQueryRows>
+__global__ void __launch_bounds__(kFillThreads, 4) fill_bias_kernel(const __grid_constant__ FillParams p) {
+  GENREC_SHARED_MEMORY(memory);
+  auto& shared = *reinterpret_cast<FillShared*>(memory);
+  fill_buckets<kFillThreads>(shared.buckets, p.bias, 0.5f);
+  sync_block(kFillThreads);
+  BiasFiller<kQueryRows>{p, shared.buckets, shared.warps[threadIdx.x / 32], static_cast<int>(threadIdx.x % 32)}.run();
+}
+
+}  // namespace genrec::attention
