@@ -91,16 +91,19 @@ constexpr int kFillThreads = 256;
 constexpr int kFillUnits = 32;  // that a row of cells is cut into
 constexpr int kMostFillEdges = 8;  // that cut 16 rows, beyond which looking weights up is quicker
 
+// How buckets of 16 rows are told.
+struct FillRows {
+  int first;  // bucket of the nearest
+  int edges;  // that cut the rows; or how weights are looked up
+  int before;  // whether streamed times lie before the rows', so that distances fall as they rise
+};
+
 // A warp's own: of a part.
 struct FillMemory {
   // Of the position table, halved: entry column - row + 63, twice as in BiasTile.
   alignas(16) float window[2][144];
   int near[64];  // g - base of streamed times g
-  struct {
-    int first;  // bucket of the nearest, or of the farthest where `rises` isn't set
-    int edges;  // that cut the 16 rows; or as they are looked up
-    int rises;  // distances fall as streamed times rise
-  } rows[4];
+  FillRows rows[4];
 };
 
 struct FillShared {
@@ -154,11 +157,20 @@ struct BiasFiller {
     const TileTimes<kQueryRows> times(p.bias, tile);
     sync_warp();  // what the part before left has been read
     put_window(key - (query + tile.keys - tile.queries));
-    uint32_t base = 0;
-    if (p.bias.time != nullptr) base = put_times(times, row, column);
+    Told told{true, 0, 0};
+    if (p.bias.time != nullptr) told = put_times(times, row, column);
     sync_warp();
+    // The thread's first row and the column before its first; 16 rows down are 16 entries back.
+    const int x = lane % 4 * 2 - lane / 4 + 63, odd = x & 1;
+    const float* window = own.window[odd] + (x - odd) - 8;
+    to += lane;
+    if (told.one) {
+      one_bucket(window, p.bias.time == nullptr ? 0.f : buckets.weights[told.bucket], to);
+      return;
+    }
     CUTE_NO_UNROLL
-    for (int n = 0; n < 4; ++n) sixteen_rows(times, row, column, n, base, to + stored_bias_at(n, 0, lane));
+    for (int n = 0; n < 4; ++n, window -= 16, to += stored_bias_at(1, 0, 0))
+      sixteen_rows(times, row + 16 * n + lane / 4, column, own.rows[n], told.base, window, to);
   }
 
   // `apart`: of the part's first key from its first query.
@@ -176,8 +188,14 @@ struct BiasFiller {
     }
   }
 
-  // Streamed times, and how buckets are told of each 16 rows. Returns the lowest digits of what the times are counted from.
-  __device__ uint32_t put_times(const TileTimes<kQueryRows>& times, int row, int column) const {
+  struct Told {
+    bool one;  // bucket, of the part
+    int bucket;
+    uint32_t base;  // the lowest digits of what streamed times are counted from
+  };
+
+  // Streamed times, and how buckets are told of each 16 rows.
+  __device__ Told put_times(const TileTimes<kQueryRows>& times, int row, int column) const {
     int64_t fixed[2], streamed[2];
     TimeSpan rows{kNoDistance, -kNoDistance}, columns{kNoDistance, -kNoDistance};
     CUTE_UNROLL
@@ -189,23 +207,19 @@ struct BiasFiller {
     constexpr int64_t kSafe = int64_t{1} << 61, kShort = int64_t{1} << (kNearBits - 1);
     if (rows.low <= -kSafe || rows.high >= kSafe || columns.low <= -kSafe || columns.high >= kSafe) {
       if (lane < 4) own.rows[lane] = {0, kLookUpWide, 1};
-      return 0;
+      return {false, 0, 0};
     }
-    CUTE_UNROLL
-    for (int n = 0; n < 2; ++n) own.near[32 * n + lane] = static_cast<int>(streamed[n] - columns.low);
-    const bool brief = rows.high - rows.low < kShort && columns.high - columns.low < kShort;
     const TimeDistances apart(rows, columns);
     const Buckets all = buckets_of(apart);
-    if (all.first == all.last) {
-      if (lane < 4) own.rows[lane] = {all.first, 0, 1};
-    } else {
-      CUTE_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        const TimeDistances distances(TimeSpan{fixed[n], fixed[n]}.of_half_warp(), columns);
-        if (lane % 16 == 0) put_rows(2 * n + lane / 16, distances, brief);
-      }
+    if (all.first == all.last) return {true, all.first, 0};
+    const bool brief = rows.high - rows.low < kShort && columns.high - columns.low < kShort;
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      own.near[32 * n + lane] = static_cast<int>(streamed[n] - columns.low);
+      const TimeDistances distances(TimeSpan{fixed[n], fixed[n]}.of_half_warp(), columns);
+      if (lane % 16 == 0) put_rows(2 * n + lane / 16, distances, brief);
     }
-    return static_cast<uint32_t>(columns.low);
+    return {false, 0, static_cast<uint32_t>(columns.low)};
   }
 
   __device__ Buckets buckets_of(const TimeDistances& apart) const {
@@ -220,55 +234,65 @@ struct BiasFiller {
     own.rows[n] = {found.first, kind, apart.ahead >= 0};
   }
 
-  // Rows [16 n, 16 n + 16) of a part.
-  __device__ void sixteen_rows(const TileTimes<kQueryRows>& times, int row, int column, int n, uint32_t base, uint4* to) const {
-    const int own_row = 16 * n + lane / 4, own_column = lane % 4 * 2;
-    const int x = own_column - own_row + 63, odd = x & 1;
-    const float* window = own.window[odd] + (x - odd) - 8;
-    const bool timed = p.bias.time != nullptr;
-    const int edges = timed ? own.rows[n].edges : 0, first = timed ? own.rows[n].first : 0;
-    const bool rises = timed && own.rows[n].rises;
+  // Columns 8 to the right of a row are what stands 8 rows below: 15 pairs make up the thread's 64, and 7 stores the 16.
+  __device__ void one_bucket(const float* window, float weight, uint4* to) const {
+    uint32_t words[15];
+    CUTE_UNROLL
+    for (int k = 0; k < 15; ++k) words[k] = pack_pair(window + 8 * (k - 6), weight);
+    CUTE_UNROLL
+    for (int right = -3; right <= 3; ++right) {  // 16 columns less 16 rows
+      const int k = 2 * right + 7;
+      const uint4 quad = make_uint4(words[k], words[k - 1], words[k + 1], words[k]);
+      CUTE_UNROLL
+      for (int n = larger(0, -right); n < 4 - larger(0, right); ++n) to[stored_bias_at(n, n + right, 0)] = quad;
+    }
+  }
+
+  __device__ static uint32_t pack_pair(const float* window, float weight) {
+    const float2 pair = *reinterpret_cast<const float2*>(window);
+    return pack_finite_halves(pair.x + weight, pair.y + weight);
+  }
+
+  // 16 rows of a part, of which the thread's first is `row`, counted in the sequence.
+  __device__ void sixteen_rows(const TileTimes<kQueryRows>& times, int row, int column, const FillRows& how, uint32_t base,
+                               const float* window, uint4* to) const {
+    const int edges = how.edges, first = how.first, own_column = lane % 4 * 2;
     if (edges < 0) {
-      look_up(times, row + own_row, column, own_column, edges == kLookUpWide, base, window, to);
+      look_up(times, row, column + own_column, edges == kLookUpWide, base, window, to);
       return;
     }
-    // Columns 8 to the right of a row are what stands 8 rows below.
-    float2 pairs[9];
-    const float weight = timed ? buckets.weights[rises ? first : first + edges] : 0.f;
-    CUTE_UNROLL
-    for (int k = 0; k < 9; ++k) {
-      pairs[k] = *reinterpret_cast<const float2*>(window + 8 * k);
-      pairs[k].x += weight, pairs[k].y += weight;
-    }
+    const bool before = how.before;
+    const float weight = buckets.weights[before ? first : first + edges];
     if (edges == 0) {
       uint32_t words[9];
       CUTE_UNROLL
-      for (int k = 0; k < 9; ++k) words[k] = pack_finite_halves(pairs[k].x, pairs[k].y);
+      for (int k = 0; k < 9; ++k) words[k] = pack_pair(window + 8 * k, weight);
       CUTE_UNROLL
       for (int c = 0; c < 4; ++c) to[32 * c] = make_uint4(words[2 * c + 1], words[2 * c], words[2 * c + 2], words[2 * c + 1]);
       return;
     }
     float values[32];
     CUTE_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      values[4 * k] = pairs[k + 1].x, values[4 * k + 1] = pairs[k + 1].y;
-      values[4 * k + 2] = pairs[k].x, values[4 * k + 3] = pairs[k].y;
+    for (int k = 0; k < 9; ++k) {
+      const float2 pair = *reinterpret_cast<const float2*>(window + 8 * k);
+      if (k > 0) values[4 * k - 4] = pair.x + weight, values[4 * k - 3] = pair.y + weight;
+      if (k < 8) values[4 * k + 2] = pair.x + weight, values[4 * k + 3] = pair.y + weight;
     }
-    add_edges(values, first, edges, rises, static_cast<uint32_t>(times.fixed(row + own_row)) - base,
-              static_cast<uint32_t>(times.fixed(row + own_row + 8)) - base, own.near + own_column);
+    add_edges(values, first, edges, before, static_cast<uint32_t>(times.fixed(row)) - base,
+              static_cast<uint32_t>(times.fixed(row + 8)) - base, own.near + own_column);
     CUTE_UNROLL
     for (int c = 0; c < 4; ++c) put(to + 32 * c, values + 8 * c);
   }
 
   // An edge is behind the rows' f where near <= f - edge, or, where distances rise with the streamed times, it is before
   // them where near < f + edge. Both sides fit into 32 bits, so that their lowest digits do.
-  __device__ void add_edges(float (&values)[32], int first, int edges, bool rises, uint32_t low, uint32_t high,
+  __device__ void add_edges(float (&values)[32], int first, int edges, bool before, uint32_t low, uint32_t high,
                             const int* near) const {
     CUTE_NO_UNROLL
     for (int k = 0; k < edges; ++k) {
       const auto edge = static_cast<uint32_t>(buckets.edges[first + 1 + k]);
-      const uint32_t reach = rises ? 0u - edge : edge - 1;
-      const float up = buckets.weights[first + 1 + k] - buckets.weights[first + k], step = rises ? up : -up;
+      const uint32_t reach = before ? 0u - edge : edge - 1;
+      const float up = buckets.weights[first + 1 + k] - buckets.weights[first + k], step = before ? up : -up;
       const int reach_low = static_cast<int>(low + reach), reach_high = static_cast<int>(high + reach);
       CUTE_UNROLL
       for (int e = 0; e < 32; e += 4) {
@@ -281,8 +305,8 @@ struct BiasFiller {
     }
   }
 
-  // Every weight looked up, 16 columns at a time. `row`: the thread's first, counted in the sequence.
-  __device__ void look_up(const TileTimes<kQueryRows>& times, int row, int column, int own_column, bool wide, uint32_t base,
+  // Every weight looked up, 16 columns at a time. `row`, `column`: the thread's first.
+  __device__ void look_up(const TileTimes<kQueryRows>& times, int row, int column, bool wide, uint32_t base,
                           const float* window, uint4* to) const {
     const int64_t fixed[2] = {times.fixed(row), times.fixed(row + 8)};
     CUTE_NO_UNROLL
@@ -297,14 +321,14 @@ struct BiasFiller {
       if (wide) {
         CUTE_UNROLL
         for (int e = 0; e < 8; ++e) {
-          const int64_t streamed = times.streamed(column + own_column + 16 * c + element_column(e));
+          const int64_t streamed = times.streamed(column + 16 * c + element_column(e));
           values[e] += buckets.weights[bucket_of(buckets, distance_of(fixed[element_row(e) / 8], streamed))];
         }
       } else {
         CUTE_UNROLL
         for (int e = 0; e < 8; ++e) {
           const uint32_t from = static_cast<uint32_t>(fixed[element_row(e) / 8]) - base;
-          const auto near = static_cast<uint32_t>(own.near[own_column + 16 * c + element_column(e)]);
+          const auto near = static_cast<uint32_t>(own.near[lane % 4 * 2 + 16 * c + element_column(e)]);
           values[e] += buckets.weights[near_bucket_of(buckets, static_cast<int>(from - near))];
         }
       }
