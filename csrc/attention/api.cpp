@@ -142,8 +142,8 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 
 MaskRule mask_rule(const genrec_attention_problem& p) { return {p.target_group, p.window, p.causal}; }
 
-// The most memory that dS may take, bytes: GENREC_ATTENTION_STORED_GIB, else 4 GiB. Read once: plans depend on it. -1: what
-// stands there is no such number.
+// The most memory that dS may take, bytes: GENREC_ATTENTION_STORED_GIB, else 4 GiB. Read once: plans depend on it.
+// -1: what stands there is no such number.
 int64_t most_stored() {
   static const int64_t most = []() -> int64_t {
     const char* text = std::getenv("GENREC_ATTENTION_STORED_GIB");
@@ -316,9 +316,9 @@ struct ForwardMemory {
       : bytes(one.blocks.bias_stored ? bias_at + bias_bytes(shape) : zeroed) {}
 };
 
-// The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ; dS; the
-// relative bias, where dS is stored with one. All
-// before the sums of dQ is zeroed, and these, too, but where few sequences or none have any: kernels see to those then.
+// The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ;
+// dS; the relative bias, where dS is stored with one. All before the sums of dQ is zeroed, and these, too, but where
+// few sequences or none have any: kernels see to those then.
 struct BackwardMemory {
   int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
   int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
@@ -427,7 +427,8 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   params.out = output(out, p.v_dim);
   BiasParams bias = bias_params(p.bias);
   if (one.blocks.bias_stored) {
-    bias.relative.store = {static_cast<char*>(workspace) + memory.bias_at, shape.places(plan), shape.without_place(plan)};
+    char* data = static_cast<char*>(workspace) + memory.bias_at;
+    bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
     error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
   }

@@ -1,17 +1,17 @@
 // The relative bias of whole sequences in device memory, computed once for all heads before the kernels that add it.
 //
-// Heads share the tables. A kernel that computes the bias beside its products does so once for each head, and what tells
-// buckets takes longer than the products; a kernel that loads two bytes a pair, most of them from the L2 cache since heads
-// run at the same time, hardly notices. Halved (SiLU(x) = h + h tanh(h), h = x / 2), in fp16, which has three digits more
-// than the weights that come of the sum are rounded to; what lies beyond its range, which no table in use comes near,
-// becomes its largest number.
+// Heads share the tables. A kernel that computes the bias beside its products does so once for each head, and what
+// tells buckets takes longer than the products; a kernel that loads two bytes a pair, most of them from the L2 cache
+// since heads run at the same time, hardly notices. Halved (SiLU(x) = h + h tanh(h), h = x / 2), in fp16, which has
+// three digits more than the weights that come of the sum are rounded to; what lies beyond its range, which no table
+// in use comes near, becomes its largest number.
 //
-// The bias lies in the cells of dS for one head (ds_store.h), their parts 64 queries x 64 keys. A part has the order of
-// accumulators: for each warp of a warpgroup (16 rows), each 16 columns and each lane, what is added to 8 of its scores. Rows
-// are queries forward (S = Q K^T) and keys backward (S^T = K Q^T).
+// The bias lies in the cells of dS for one head (ds_store.h), their parts 64 queries x 64 keys. A part has the order
+// of accumulators: for each warp of a warpgroup (16 rows), each 16 columns and each lane, what is added to 8 of its
+// scores. Rows are queries forward (S = Q K^T) and keys backward (S^T = K Q^T).
 //
-// The kernel that fills parts gives each warp parts of its own. A part's times are told as bias_tile.h does, for each 16 rows:
-// most lie in one bucket, or few edges cut them; near the diagonal weights are looked up.
+// The kernel that fills parts gives each warp parts of its own. A part's times are told as bias_tile.h does, for each
+// 16 rows: most lie in one bucket, or few edges cut them; near the diagonal weights are looked up.
 #pragma once
 
 #include "attention/bias_tile.h"
@@ -234,7 +234,8 @@ struct BiasFiller {
     own.rows[n] = {found.first, kind, apart.ahead >= 0};
   }
 
-  // Columns 8 to the right of a row are what stands 8 rows below: 15 pairs make up the thread's 64, and 7 stores the 16.
+  // Columns 8 to the right of a row are what stands 8 rows below: 15 pairs make up the thread's 64, and 7 stores the
+  // 16.
   __device__ void one_bucket(const float* window, float weight, uint4* to) const {
     uint32_t words[15];
     CUTE_UNROLL
@@ -254,8 +255,8 @@ struct BiasFiller {
   }
 
   // 16 rows of a part, of which the thread's first is `row`, counted in the sequence.
-  __device__ void sixteen_rows(const TileTimes<kQueryRows>& times, int row, int column, const FillRows& how, uint32_t base,
-                               const float* window, uint4* to) const {
+  __device__ void sixteen_rows(const TileTimes<kQueryRows>& times, int row, int column, const FillRows& how,
+                               uint32_t base, const float* window, uint4* to) const {
     const int edges = how.edges, first = how.first, own_column = lane % 4 * 2;
     if (edges < 0) {
       look_up(times, row, column + own_column, edges == kLookUpWide, base, window, to);
@@ -268,7 +269,8 @@ struct BiasFiller {
       CUTE_UNROLL
       for (int k = 0; k < 9; ++k) words[k] = pack_pair(window + 8 * k, weight);
       CUTE_UNROLL
-      for (int c = 0; c < 4; ++c) to[32 * c] = make_uint4(words[2 * c + 1], words[2 * c], words[2 * c + 2], words[2 * c + 1]);
+      for (int c = 0; c < 4; ++c)
+        to[32 * c] = make_uint4(words[2 * c + 1], words[2 * c], words[2 * c + 2], words[2 * c + 1]);
       return;
     }
     float values[32];
@@ -284,8 +286,8 @@ struct BiasFiller {
     for (int c = 0; c < 4; ++c) put(to + 32 * c, values + 8 * c);
   }
 
-  // An edge is behind the rows' f where near <= f - edge, or, where distances rise with the streamed times, it is before
-  // them where near < f + edge. Both sides fit into 32 bits, so that their lowest digits do.
+  // An edge is behind the rows' f where near <= f - edge, or, where distances rise with the streamed times, it is
+  // before them where near < f + edge. Both sides fit into 32 bits, so that their lowest digits do.
   __device__ void add_edges(float (&values)[32], int first, int edges, bool before, uint32_t low, uint32_t high,
                             const int* near) const {
     CUTE_NO_UNROLL

@@ -1,12 +1,12 @@
 // The forward kernel: O = (SiLU(alpha Q K^T) masked) V * scale, jagged, without softmax: no running maximum, no rescaling.
 //
-// Persistent blocks take tiles of queries off a list. One thread of the first warpgroup brings Q, K and V tiles by the
-// copy engine, the other warpgroups compute: each holds 64 queries' rows of S and O in registers. Within a warpgroup
-// the product S of the next key tile and the product P V of this one are in flight together; SiLU of the next runs while
-// P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside another's products.
-// With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by turns (bias.h): one alone
-// waits for memory longer than the products take. At D = 128 that is for sequences that are left over: the others' bias is in
-// memory (bias_store.h), whence each thread loads its own a tile ahead.
+// Persistent blocks take tiles of queries off a list. One thread of the first warpgroup brings Q, K and V tiles by
+// the copy engine, the other warpgroups compute: each holds 64 queries' rows of S and O in registers. Within a
+// warpgroup the product S of the next key tile and the product P V of this one are in flight together; SiLU of the
+// next runs while P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside
+// another's products. With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by
+// turns (bias.h): one alone waits for memory longer than the products take. At D = 128 that is for sequences that are
+// left over: the others' bias is in memory (bias_store.h), whence each thread loads its own a tile ahead.
 #pragma once
 
 #include "attention/barriers.h"

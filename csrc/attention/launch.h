@@ -10,7 +10,7 @@ namespace genrec::attention {
 // Rows of the tiles of a shape: the boxes of the copy engine, and the lists of a plan.
 struct ForwardBlocks {
   int queries, keys;
-  bool bias_stored = false;  // the relative bias is put into memory first (fill_bias); two passes: those that have room, the others
+  bool bias_stored = false;  // the relative bias is put into memory first; two passes: sequences with a place, the others
 };
 
 struct BackwardBlocks {
@@ -66,9 +66,9 @@ struct BackwardInstance {
   cudaError_t (*sum_tables)(const SumParams&, cudaStream_t);
 };
 
-// Puts the bias of all sequences that have a place into its store (bias_store.h). `list`: tiles of kCellQueries queries;
-// `counter`: zero; `query_rows`: the order of S = Q K^T, else that of its transpose.
-cudaError_t fill_bias(const RelativeBias& bias, const WorkList& list, const MaskRule& rule, int* counter, bool query_rows,
-                      int multiprocessors, cudaStream_t stream);
+// Puts the bias of all sequences that have a place into its store (bias_store.h). `list`: tiles of kCellQueries
+// queries; `counter`: zero; `query_rows`: the order of S = Q K^T, else that of its transpose.
+cudaError_t fill_bias(const RelativeBias& bias, const WorkList& list, const MaskRule& rule, int* counter,
+                      bool query_rows, int multiprocessors, cudaStream_t stream);
 
 }  // namespace genrec::attention

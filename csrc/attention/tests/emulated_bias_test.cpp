@@ -299,7 +299,8 @@ bool check_filled(const Problem& problem) {
       }
     }
   }
-  std::printf("%s: %ld pairs of a stored bias in order of %s\n", problem.c.name, long(pairs), kQueryRows ? "queries" : "keys");
+  std::printf("%s: %ld pairs of a stored bias in order of %s\n", problem.c.name, long(pairs),
+              kQueryRows ? "queries" : "keys");
   return true;
 }
 
