@@ -88,8 +88,24 @@ struct FillParams {
 };
 
 constexpr int kFillThreads = 256;
-constexpr int kFillUnits = 32;  // that a row of cells is cut into
+constexpr int kFillUnits = 16;  // units of work that 64 queries are cut into, each parts beside each other
+constexpr int kFillParts = 4;   // of a unit, at least
 constexpr int kMostFillEdges = 8;  // that cut 16 rows, beyond which looking weights up is quicker
+
+// Times of 64 rows or columns, two of them a lane's, and their span.
+struct SixtyFour {
+  int64_t times[2];
+  TimeSpan span;
+
+  template <class Time>
+  __device__ void read(Time time, int lane) {
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) times[n] = time(32 * n + lane);
+    span = {times[0], times[0]};
+    span.take({times[1], times[1]});
+    span = span.of_warp();
+  }
+};
 
 // How buckets of 16 rows are told.
 struct FillRows {
@@ -121,56 +137,61 @@ struct BiasFiller {
   const int lane;
 
   __device__ void run() const {
-    const int units = *p.list.length * kFillUnits;
+    const int units = *p.list.length * (BiasCell::kCount * kFillUnits);
     for (;;) {
       const int unit = largest_of_warp(lane == 0 ? add_atomically(p.counter, 1) : 0);
       if (unit >= units) return;
-      const TileRecord tile = p.list.tiles[unit / kFillUnits];
-      if (is_stored(p.bias.store, tile.sequence)) some_parts(tile, unit % kFillUnits);
+      const TileRecord tile = p.list.tiles[unit / (BiasCell::kCount * kFillUnits)];
+      const int m = tile.first / 64 + unit / kFillUnits % BiasCell::kCount;
+      if (m * 64 < tile.queries && is_stored(p.bias.store, tile.sequence)) some_parts(tile, m, unit % kFillUnits);
     }
   }
 
  private:
-  // Every kFillUnits-th part that the mask shows.
-  __device__ void some_parts(const TileRecord& tile, int next) const {
+  // Of the parts of 64 queries that the mask shows.
+  __device__ void some_parts(const TileRecord& tile, int m, int unit) const {
     const SequenceMask<false> mask(tile.keys, tile.contexts, tile.targets, p.rule);
+    const int i0 = m * 64 + tile.keys - tile.queries;
+    const TileRanges ranges = mask.key_tiles(i0, smaller(i0 + 64, tile.keys), kCellKeys);
+    const int count = ranges.count(), each = larger(kFillParts, divide_up(count, kFillUnits));
+    const int end = smaller(count, (unit + 1) * each);
+    if (unit * each >= end) return;
     const CellPlaces places(p.bias.store, stored_sequence(tile, mask), tile.sequence, 0, 1);
-    const int end = divide_up(smaller(tile.first + kCellQueries, tile.queries), 64);
+    const SequenceTimes times(p.bias, tile);
+    SixtyFour queries;
+    if (p.bias.time != nullptr) queries.read([&](int i) { return times.query(64 * m + i); }, lane);
     CUTE_NO_UNROLL
-    for (int m = tile.first / 64; m < end; ++m) {
-      const int i0 = m * 64 + tile.keys - tile.queries;
-      const TileRanges ranges = mask.key_tiles(i0, smaller(i0 + 64, tile.keys), kCellKeys);
-      const int count = ranges.count();
-      CUTE_NO_UNROLL
-      for (; next < count; next += kFillUnits) {
-        const int column = ranges.tile(next);
-        const int64_t part = places.part<BiasCell>(m, column);
-        if (part >= 0) one_part(tile, m * 64, column * kCellKeys, part);
-      }
-      next -= count;
+    for (int n = unit * each; n < end; ++n) {
+      const int column = ranges.tile(n);
+      const int64_t part = places.part<BiasCell>(m, column);
+      if (part >= 0) one_part(times, queries, m * 64, column * kCellKeys, part);
     }
   }
 
-  __device__ void one_part(const TileRecord& tile, int query, int key, int64_t part) const {
-    const int row = kQueryRows ? query : key, column = kQueryRows ? key : query;
-    uint4* to = static_cast<uint4*>(const_cast<void*>(p.bias.store.data)) + part * (kBiasPartBytes / 16);
-    const TileTimes<kQueryRows> times(p.bias, tile);
+  __device__ void one_part(const SequenceTimes& times, const SixtyFour& queries, int query, int key,
+                           int64_t part) const {
+    uint4* to = static_cast<uint4*>(const_cast<void*>(p.bias.store.data)) + part * (kBiasPartBytes / 16) + lane;
     sync_warp();  // what the part before left has been read
-    put_window(key - (query + tile.keys - tile.queries));
+    put_window(key - (query + times.keys - times.queries));
     Told told{true, 0, 0};
-    if (p.bias.time != nullptr) told = put_times(times, row, column);
+    if (p.bias.time != nullptr) {
+      SixtyFour keys;
+      keys.read([&](int j) { return times.key(key + j); }, lane);
+      told = kQueryRows ? put_times(queries, keys) : put_times(keys, queries);
+    }
     sync_warp();
     // The thread's first row and the column before its first; 16 rows down are 16 entries back.
     const int x = lane % 4 * 2 - lane / 4 + 63, odd = x & 1;
     const float* window = own.window[odd] + (x - odd) - 8;
-    to += lane;
     if (told.one) {
       one_bucket(window, p.bias.time == nullptr ? 0.f : buckets.weights[told.bucket], to);
       return;
     }
+    const auto row_time = [&](int row) { return kQueryRows ? times.query(query + row) : times.key(key + row); };
+    const auto column_time = [&](int j) { return kQueryRows ? times.key(key + j) : times.query(query + j); };
     CUTE_NO_UNROLL
     for (int n = 0; n < 4; ++n, window -= 16, to += stored_bias_at(1, 0, 0))
-      sixteen_rows(times, row + 16 * n + lane / 4, column, own.rows[n], told.base, window, to);
+      sixteen_rows(row_time, column_time, 16 * n + lane / 4, own.rows[n], told.base, window, to);
   }
 
   // `apart`: of the part's first key from its first query.
@@ -195,15 +216,8 @@ struct BiasFiller {
   };
 
   // Streamed times, and how buckets are told of each 16 rows.
-  __device__ Told put_times(const TileTimes<kQueryRows>& times, int row, int column) const {
-    int64_t fixed[2], streamed[2];
-    TimeSpan rows{kNoDistance, -kNoDistance}, columns{kNoDistance, -kNoDistance};
-    CUTE_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      fixed[n] = times.fixed(row + 32 * n + lane), streamed[n] = times.streamed(column + 32 * n + lane);
-      rows.take({fixed[n], fixed[n]}), columns.take({streamed[n], streamed[n]});
-    }
-    rows = rows.of_warp(), columns = columns.of_warp();
+  __device__ Told put_times(const SixtyFour& fixed, const SixtyFour& streamed) const {
+    const TimeSpan &rows = fixed.span, &columns = streamed.span;
     constexpr int64_t kSafe = int64_t{1} << 61, kShort = int64_t{1} << (kNearBits - 1);
     if (rows.low <= -kSafe || rows.high >= kSafe || columns.low <= -kSafe || columns.high >= kSafe) {
       if (lane < 4) own.rows[lane] = {0, kLookUpWide, 1};
@@ -215,8 +229,8 @@ struct BiasFiller {
     const bool brief = rows.high - rows.low < kShort && columns.high - columns.low < kShort;
     CUTE_UNROLL
     for (int n = 0; n < 2; ++n) {
-      own.near[32 * n + lane] = static_cast<int>(streamed[n] - columns.low);
-      const TimeDistances distances(TimeSpan{fixed[n], fixed[n]}.of_half_warp(), columns);
+      own.near[32 * n + lane] = static_cast<int>(streamed.times[n] - columns.low);
+      const TimeDistances distances(TimeSpan{fixed.times[n], fixed.times[n]}.of_half_warp(), columns);
       if (lane % 16 == 0) put_rows(2 * n + lane / 16, distances, brief);
     }
     return {false, 0, static_cast<uint32_t>(columns.low)};
@@ -254,12 +268,14 @@ struct BiasFiller {
     return pack_finite_halves(pair.x + weight, pair.y + weight);
   }
 
-  // 16 rows of a part, of which the thread's first is `row`, counted in the sequence.
-  __device__ void sixteen_rows(const TileTimes<kQueryRows>& times, int row, int column, const FillRows& how,
-                               uint32_t base, const float* window, uint4* to) const {
-    const int edges = how.edges, first = how.first, own_column = lane % 4 * 2;
+  // 16 rows of a part, of which the thread's first is `row`.
+  template <class RowTime, class ColumnTime>
+  __device__ void sixteen_rows(RowTime row_time, ColumnTime column_time, int row, const FillRows& how, uint32_t base,
+                               const float* window, uint4* to) const {
+    const int edges = how.edges, first = how.first;
+    const int64_t low = row_time(row), high = row_time(row + 8);
     if (edges < 0) {
-      look_up(times, row, column + own_column, edges == kLookUpWide, base, window, to);
+      look_up(low, high, column_time, edges == kLookUpWide, base, window, to);
       return;
     }
     const bool before = how.before;
@@ -280,16 +296,16 @@ struct BiasFiller {
       if (k > 0) values[4 * k - 4] = pair.x + weight, values[4 * k - 3] = pair.y + weight;
       if (k < 8) values[4 * k + 2] = pair.x + weight, values[4 * k + 3] = pair.y + weight;
     }
-    add_edges(values, first, edges, before, static_cast<uint32_t>(times.fixed(row)) - base,
-              static_cast<uint32_t>(times.fixed(row + 8)) - base, own.near + own_column);
+    add_edges(values, first, edges, before, static_cast<uint32_t>(low) - base, static_cast<uint32_t>(high) - base);
     CUTE_UNROLL
     for (int c = 0; c < 4; ++c) put(to + 32 * c, values + 8 * c);
   }
 
   // An edge is behind the rows' f where near <= f - edge, or, where distances rise with the streamed times, it is
   // before them where near < f + edge. Both sides fit into 32 bits, so that their lowest digits do.
-  __device__ void add_edges(float (&values)[32], int first, int edges, bool before, uint32_t low, uint32_t high,
-                            const int* near) const {
+  __device__ void add_edges(float (&values)[32], int first, int edges, bool before, uint32_t low,
+                            uint32_t high) const {
+    const int* near = own.near + lane % 4 * 2;
     CUTE_NO_UNROLL
     for (int k = 0; k < edges; ++k) {
       const auto edge = static_cast<uint32_t>(buckets.edges[first + 1 + k]);
@@ -307,10 +323,12 @@ struct BiasFiller {
     }
   }
 
-  // Every weight looked up, 16 columns at a time. `row`, `column`: the thread's first.
-  __device__ void look_up(const TileTimes<kQueryRows>& times, int row, int column, bool wide, uint32_t base,
+  // Every weight looked up, 16 columns at a time. `low`, `high`: times of the thread's rows.
+  template <class ColumnTime>
+  __device__ void look_up(int64_t low, int64_t high, ColumnTime column_time, bool wide, uint32_t base,
                           const float* window, uint4* to) const {
-    const int64_t fixed[2] = {times.fixed(row), times.fixed(row + 8)};
+    const int64_t fixed[2] = {low, high};
+    const int own_column = lane % 4 * 2;
     CUTE_NO_UNROLL
     for (int c = 0; c < 4; ++c) {
       float values[8];
@@ -323,14 +341,14 @@ struct BiasFiller {
       if (wide) {
         CUTE_UNROLL
         for (int e = 0; e < 8; ++e) {
-          const int64_t streamed = times.streamed(column + 16 * c + element_column(e));
+          const int64_t streamed = column_time(own_column + 16 * c + element_column(e));
           values[e] += buckets.weights[bucket_of(buckets, distance_of(fixed[element_row(e) / 8], streamed))];
         }
       } else {
         CUTE_UNROLL
         for (int e = 0; e < 8; ++e) {
           const uint32_t from = static_cast<uint32_t>(fixed[element_row(e) / 8]) - base;
-          const auto near = static_cast<uint32_t>(own.near[lane % 4 * 2 + 16 * c + element_column(e)]);
+          const auto near = static_cast<uint32_t>(own.near[own_column + 16 * c + element_column(e)]);
           values[e] += buckets.weights[near_bucket_of(buckets, static_cast<int>(from - near))];
         }
       }
