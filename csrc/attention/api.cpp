@@ -109,6 +109,8 @@ int32_t check_bias(const genrec_attention_bias& bias) {
   return 0;
 }
 
+int64_t most_stored();
+
 // Pointers of tensors aren't looked at: of the bias only what is given.
 int32_t check_problem(const genrec_attention_problem* p, bool backward) {
   if (p == nullptr) return fail("no problem given");
@@ -124,6 +126,9 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
       return fail("rows must be fewer than 2^31, got " + std::to_string(rows));
   }
   if (check_bias(p->bias) != 0) return -1;
+  if (most_stored() < 0)
+    return fail(std::string("GENREC_ATTENTION_STORED_GIB must be a number of GiB, got '") +
+                std::getenv("GENREC_ATTENTION_STORED_GIB") + "'");
   const Bias bias = bias_kind(*p);
   // A plan lists the tiles of the kernels without a bias, whatever else it lists.
   if (find(kForward, *p, Bias::kNone) == nullptr || find(kBackward, *p, Bias::kNone) == nullptr ||
@@ -138,11 +143,15 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 MaskRule mask_rule(const genrec_attention_problem& p) { return {p.target_group, p.window, p.causal}; }
 
 // The most memory that dS may take, bytes: GENREC_ATTENTION_STORED_GIB, else 4 GiB. Read once: plans depend on it.
+// -1: what stands there is no such number.
 int64_t most_stored() {
-  static const int64_t most = [] {
+  static const int64_t most = []() -> int64_t {
     const char* text = std::getenv("GENREC_ATTENTION_STORED_GIB");
-    const double gib = text == nullptr ? 4 : std::atof(text);
-    return gib > 0 ? static_cast<int64_t>(gib * (int64_t{1} << 30)) : 0;
+    if (text == nullptr) return int64_t{4} << 30;
+    char* end = nullptr;
+    const double gib = std::strtod(text, &end);
+    constexpr double kMost = 1 << 20;
+    return end == text || *end != 0 || !(gib >= 0) || gib > kMost ? -1 : static_cast<int64_t>(gib * (int64_t{1} << 30));
   }();
   return most;
 }
@@ -160,12 +169,14 @@ int64_t stored_cells(const genrec_attention_problem& p) {
   return wanted < most ? wanted : most;
 }
 
-// Rows of the tiles of stored dS; 0 where no kernel stores any. The kernels with and without a bias store the same cells.
+// Rows of the tiles of stored dS, or of a stored bias; 0 where no kernel stores any. All store the same cells.
 int stored_rows_of(const genrec_attention_problem& p) {
   int rows = 0;
   for (Bias bias : {Bias::kNone, Bias::kRelative}) {
     const BackwardInstance* one = find(kBackward, p, bias);
     if (one != nullptr) rows = larger(rows, one->blocks.stored_rows);
+    const ForwardInstance* forward = find(kForward, p, bias);
+    if (forward != nullptr && forward->blocks.bias_stored) rows = kCellQueries;
   }
   return rows;
 }
@@ -262,10 +273,9 @@ Common common(const genrec_attention_problem& p, int* counter) {
 }
 
 BiasParams bias_params(const genrec_attention_bias& b) {
-  return {{b.position, b.time, b.edges, b.key_times, b.query_times, b.max_positions, b.buckets, nullptr, nullptr},
+  return {{b.position, b.time, b.edges, b.key_times, b.query_times, b.max_positions, b.buckets, nullptr, nullptr, {}},
           {b.dense, b.dense_batch_stride, b.dense_head_stride, b.dense_row_stride, b.d_dense, b.d_dense_batch_stride,
-           b.d_dense_head_stride, b.d_dense_row_stride},
-          {nullptr}};
+           b.d_dense_head_stride, b.d_dense_row_stride}};
 }
 
 int32_t multiprocessors(int* count) {
@@ -295,8 +305,20 @@ int32_t backward_launches(const genrec_attention_problem& p, const PlanShape& sh
   return 0;
 }
 
-// The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ; dS. All
-// before the sums of dQ is zeroed, and these, too, but where few sequences or none have any: kernels see to those then.
+// Of a stored bias, for all heads.
+int64_t bias_bytes(const PlanShape& shape) { return shape.cells * kCellElements * 2; }
+
+// The forward pass's memory: counters, the bias.
+struct ForwardMemory {
+  int64_t zeroed = 64, bias_at = 128, bytes;
+
+  ForwardMemory(const ForwardInstance& one, const PlanShape& shape)
+      : bytes(one.blocks.bias_stored ? bias_at + bias_bytes(shape) : zeroed) {}
+};
+
+// The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ;
+// dS; the relative bias, where dS is stored with one. All before the sums of dQ is zeroed, and these, too, but where
+// few sequences or none have any: kernels see to those then.
 struct BackwardMemory {
   int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
   int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
@@ -318,7 +340,7 @@ struct BackwardMemory {
     stored_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
     zeroed = stores ? sum_at : stored_at;
     bias_at = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
-    bytes = bias_at + (stores && one.kernel.bias == Bias::kRelative ? shape.cells * kCellElements * 2 : 0);
+    bytes = bias_at + (stores && bias_kind(p) == Bias::kRelative ? bias_bytes(shape) : 0);
   }
 
  private:
@@ -374,8 +396,8 @@ int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void
 int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
                                          int32_t deterministic) {
   if (check_problem(problem, backward != 0) != 0) return -1;
-  if (!backward) return 64;
   const PlanShape shape = plan_shape(*problem);
+  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), shape).bytes;
   BackwardLaunches blocks{0, 0};
   if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
   return BackwardMemory(*problem, shape, deterministic != 0, blocks).bytes;
@@ -397,13 +419,25 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaMemsetAsync(workspace, 0, 64, on);
+  const ForwardMemory memory(one, shape);
+  int* counters = static_cast<int*>(workspace);
+  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
-  params.common = common(p, static_cast<int*>(workspace));
   params.list = shape.list(plan, kForwardQueries);
   params.out = output(out, p.v_dim);
-  error = one.launch(params, bias_params(p.bias), blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
-  return error == cudaSuccess ? 0 : fail("forward_kernel", error);
+  BiasParams bias = bias_params(p.bias);
+  if (one.blocks.bias_stored) {
+    char* data = static_cast<char*>(workspace) + memory.bias_at;
+    bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
+    if (error != cudaSuccess) return fail("fill_bias_kernel", error);
+  }
+  for (int pass = 0; pass < 1 + one.blocks.bias_stored; ++pass) {
+    params.common = common(p, counters + pass);
+    error = one.launch(params, bias, pass, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
+    if (error != cudaSuccess) return fail("forward_kernel", error);
+  }
+  return 0;
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,
@@ -447,11 +481,16 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   if (one.blocks.stored_rows > 0)
     params.store = {base + memory.stored_at, shape.places(plan), shape.without_place(plan), base + memory.zeros_at};
   BiasParams bias = bias_params(p.bias);
-  bias.stored = {base + memory.bias_at};
   const SumParams position{reinterpret_cast<float*>(base + memory.position_at), memory.copies, memory.position_entries,
                            p.bias.d_position};
   const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,
                        p.bias.d_time};
+  if (one.blocks.stored_rows > 0 && one.bias == Bias::kRelative) {
+    bias.relative.store = {base + memory.bias_at, params.store.first, params.store.left};
+    int* counter = reinterpret_cast<int*>(base) + one.blocks.passes;
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, false, most, on);
+    if (error != cudaSuccess) return fail("fill_bias_kernel", error);
+  }
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
     const bool of_stored = pass == 1 && one.blocks.stored_rows > 0;

@@ -32,7 +32,7 @@ struct StepBias {
     const uint4* from = part + lane.warp * 128 + lane.lane;
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const uint4 four = load_words(from + 32 * i);
+      const uint4 four = load_written(from + 32 * i);
       words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
     }
   }

@@ -126,13 +126,18 @@ __device__ inline uint32_t pack_finite_halves(float low, float high) {
   return word;
 }
 
-// From global memory past the L1 cache.
-__device__ inline uint4 load_words(const uint4* where) {
-  uint4 words;
+// 16 bytes that an earlier kernel wrote.
+__device__ inline uint4 load_written(const uint4* from) {
+  uint4 four;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "l"(where));
-  return words;
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "l"(from));
+  return four;
+}
+
+// `bytes` bytes, a multiple of 16, into the L2 cache.
+__device__ inline void prefetch_to_l2(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // To global memory, where it will be read once.

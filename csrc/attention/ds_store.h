@@ -29,7 +29,9 @@ struct DsStore {
   const void* zeros;  // a part of a cell
 };
 
-GENREC_HOST_DEVICE inline bool is_stored(const DsStore& store, int sequence) {
+// `Store`: a DsStore, or a BiasStore, whose places are the same.
+template <class Store>
+GENREC_HOST_DEVICE inline bool is_stored(const Store& store, int sequence) {
   return store.first != nullptr && store.first[sequence] >= 0;
 }
 
@@ -67,7 +69,8 @@ struct CellPlaces {
   StoredSequence sequence;
   int64_t first;  // -1: nowhere
 
-  GENREC_HOST_DEVICE CellPlaces(const DsStore& store, const StoredSequence& of, int number, int head, int heads)
+  template <class Store>
+  GENREC_HOST_DEVICE CellPlaces(const Store& store, const StoredSequence& of, int number, int head, int heads)
       : sequence(of) {
     const int cells = store.first[number];
     first = cells < 0 ? -1 : int64_t{cells} * heads + int64_t{head} * of.cells();

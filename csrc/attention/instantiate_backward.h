@@ -95,7 +95,7 @@ struct StoringBackward {
                             cudaStream_t stream) {
     if (pass == 0)
       return launch_kernel(pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>,
-                           typename Keys::Params{params, bias.stored}, blocks, Keys::kThreads,
+                           typename Keys::Params{params, bias.relative.store}, blocks, Keys::kThreads,
                            sizeof(typename Keys::Shared), stream);
     if (pass == 1)
       return launch_kernel(stored_sums_kernel<Stored>, params_of<Stored>(params, bias), blocks, Stored::kThreads,

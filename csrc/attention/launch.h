@@ -10,6 +10,7 @@ namespace genrec::attention {
 // Rows of the tiles of a shape: the boxes of the copy engine, and the lists of a plan.
 struct ForwardBlocks {
   int queries, keys;
+  bool bias_stored = false;  // the relative bias is put into memory first; two passes: sequences with a place, the others
 };
 
 struct BackwardBlocks {
@@ -28,7 +29,6 @@ struct BackwardBlocks {
 struct BiasParams {
   RelativeBias relative;
   DenseBias dense;
-  BiasStore stored;  // of the relative one
 };
 
 // table[e] = the sum of `count` copies' entries e.
@@ -44,7 +44,8 @@ struct ForwardInstance {
   bool causal;
   Bias bias;
   ForwardBlocks blocks;
-  cudaError_t (*launch)(const ForwardParams&, const BiasParams&, int blocks, cudaStream_t);
+  // `pass` counts from 0; each needs a counter of its own.
+  cudaError_t (*launch)(const ForwardParams&, const BiasParams&, int pass, int blocks, cudaStream_t);
 };
 
 // The batches that an instance is for, by their sequences' mean number of keys.
@@ -64,5 +65,10 @@ struct BackwardInstance {
   // Null without tables.
   cudaError_t (*sum_tables)(const SumParams&, cudaStream_t);
 };
+
+// Puts the bias of all sequences that have a place into its store (bias_store.h). `list`: tiles of kCellQueries
+// queries; `counter`: zero; `query_rows`: the order of S = Q K^T, else that of its transpose.
+cudaError_t fill_bias(const RelativeBias& bias, const WorkList& list, const MaskRule& rule, int* counter,
+                      bool query_rows, int multiprocessors, cudaStream_t stream);
 
 }  // namespace genrec::attention

@@ -33,6 +33,13 @@ struct Common {
 // What is added to alpha <q, k>: nothing, a sum of two table entries (see genrec.attention.RelativeBias), or a matrix.
 enum class Bias : int { kNone = 0, kRelative = 1, kDense = 2 };
 
+// The halved bias of whole sequences, where the dS of one head would lie (bias_store.h).
+struct BiasStore {
+  const void* data;  // null: none
+  const int* first;  // as DsStore has them
+  const int* left;
+};
+
 struct RelativeBias {
   const float* position;  // (2 max_positions - 1,), or null
   const float* time;      // (buckets,), or null
@@ -43,13 +50,7 @@ struct RelativeBias {
   // Sums of the gradients, zero before: for each block and each of its warps that sum, a table. Null: not wanted.
   float* position_sums;
   float* time_sums;
-};
-
-// A relative bias of whole sequences in device memory, which all heads share: halved, in fp16, at the places of dS
-// (ds_store.h) for one head. A part is 64 queries x 64 keys: for each 16 keys and each 16 queries what a warp's lanes add to
-// eight scores each, in order.
-struct BiasStore {
-  const void* data;
+  BiasStore store;
 };
 
 struct DenseBias {

@@ -228,31 +228,6 @@ bool check_not_finite() {
   return good && lost >= kRow;
 }
 
-// The halved bias of the stored sequences' pairs that are seen, in a BiasStore's order; NaN elsewhere.
-std::vector<cutlass::half_t> stored_bias(const Problem& problem, Store& store) {
-  std::vector<cutlass::half_t> data(size_t(store.cells) * kCellElements, cutlass::half_t::bitcast(0x7fff));
-  BiasInput& bias = const_cast<BiasInput&>(problem.bias);  // terms() hands out gradients, too
-  for (size_t b = 0; b < problem.c.sequences.size(); ++b) {
-    if (store.first[b] < 0) continue;
-    const Lengths s = problem.c.sequences[b];
-    const SequenceMask<false> mask(s.keys, s.contexts, s.targets, problem.c.rule);
-    const CellPlaces places(store.store(), stored_sequence(problem.batch(), problem.c.rule, int(b)), int(b), 0, 1);
-    for (int i = 0; i < s.queries; ++i) {
-      for (int j = 0; j < s.keys; ++j) {
-        if (!mask.row(i + s.keys - s.queries).sees(j)) continue;
-        double value = 0;
-        bias.terms(s, problem.query_offsets[b], problem.key_offsets[b], int(b), 0, i, j,
-                   [&](float term, double&) { value += term; });
-        const int64_t part = places.part<CellParts<64>>(i / 64, j / 64);
-        const int row = j % 16, column = i % 16, lane = row % 8 * 4 + column % 8 / 2;
-        const int element = column / 8 * 4 + row / 8 * 2 + column % 2;  // as Lane says
-        data[part * 4096 + j % 64 / 16 * 1024 + i % 64 / 16 * 256 + lane * 8 + element] = cutlass::half_t(float(value / 2));
-      }
-    }
-  }
-  return data;
-}
-
 // The passes of a relative bias at D = 128, dS of the first `stored` sequences kept in memory.
 bool storing_backward(const Problem& problem, size_t stored) {
   using Keys = BiasedKeysShape<Element, false>;
@@ -274,10 +249,11 @@ bool storing_backward(const Problem& problem, size_t stored) {
   BackwardParams p{problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(),
                    problem.common(&counters[0]), keys.list(), dk.output(), dv.output(), sums.data(),
                    problem.c.ordered ? turns.data() : nullptr, dq.output(), store.store()};
-  const std::vector<cutlass::half_t> bias_data = stored_bias(problem, store);
-  const typename Keys::Params first{p, {bias_data.data()}};
-  bool ran = emulator::launch(blocks, Keys::kThreads, sizeof(typename Keys::Shared),
-                              [&] { pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>(first); });
+  FilledBias filled(store);
+  bool ran = filled.fill<false>(problem);
+  const typename Keys::Params first{p, filled.store()};
+  ran = emulator::launch(blocks, Keys::kThreads, sizeof(typename Keys::Shared),
+                         [&] { pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>(first); }) && ran;
   auto second = problem.with_bias<Stored>(p);
   second.common = problem.common(&counters[1]), second.list = rows.list();
   if (!bias.position.empty()) second.bias.position_sums = bias.position.data();
@@ -299,15 +275,61 @@ bool storing_backward(const Problem& problem, size_t stored) {
   return good;
 }
 
+// A bias in memory, in both orders, every pair that is seen.
+template <bool kQueryRows>
+bool check_filled(const Problem& problem) {
+  Store places(problem, problem.c.sequences.size());
+  FilledBias filled(places);
+  if (!filled.fill<kQueryRows>(problem)) return false;
+  BiasInput bias = problem.bias;
+  int64_t pairs = 0;
+  for (size_t b = 0; b < problem.c.sequences.size(); ++b) {
+    const Lengths s = problem.c.sequences[b];
+    const SequenceMask<false> mask(s.keys, s.contexts, s.targets, problem.c.rule);
+    const CellPlaces cells(filled.store(), stored_sequence(problem.batch(), problem.c.rule, int(b)), int(b), 0, 1);
+    for (int i = 0; i < s.queries; ++i) {
+      for (int j = 0; j < s.keys; ++j) {
+        if (!mask.row(i + s.keys - s.queries).sees(j)) continue;
+        double wanted = 0;
+        bias.terms(s, problem.query_offsets[b], problem.key_offsets[b], int(b), 0, i, j,
+                   [&](float value, double&) { wanted += 0.5 * value; });
+        const int row = (kQueryRows ? i : j) % 64, column = (kQueryRows ? j : i) % 64;
+        // A lane's eight: two columns of a row, of the row 8 below, then both 8 columns on.
+        const int lane = row % 8 * 4 + column % 8 / 2, e = column % 2 + row / 8 % 2 * 2 + column / 8 % 2 * 4;
+        const int64_t part = cells.part<BiasCell>(i / 64, j / 64);
+        const size_t at = size_t(part) * BiasCell::kElements + ((row / 16 * 4 + column / 16) * 32 + lane) * 8 + e;
+        const double got = float(cutlass::half_t::bitcast(filled.data[at]));
+        ++pairs;
+        if (part >= 0 && std::abs(got - wanted) < 1e-3 * (0.1 + std::abs(wanted))) continue;
+        std::printf("%s, stored bias: query %d, key %d: %g, wanted %g\n", problem.c.name, i, j, got, wanted);
+        return false;
+      }
+    }
+  }
+  std::printf("%s: %ld pairs of a stored bias in order of %s\n", problem.c.name, long(pairs),
+              kQueryRows ? "queries" : "keys");
+  return true;
+}
+
 template <Bias kBias>
 bool check(const Case& c) {
   const Problem problem(c);
   bool good = forward<false, kBias>(problem);
   good = backward<false, kBias>(problem) && good;
+  const std::mt19937 numbers = emulator::random_numbers;  // the next cases' data don't depend on what follows
+  if (kBias == Bias::kRelative && D == 32)                // nor this on D
+    good = check_filled<true>(problem) && check_filled<false>(problem) && good;
   if constexpr (kBias == Bias::kRelative && D == 128) {
     const size_t all = c.sequences.size();
-    for (size_t stored : {all, all / 2, size_t{0}}) good = storing_backward(problem, stored) && good;
+    for (size_t stored : {all, all / 2, size_t{0}}) {
+      good = storing_forward<false>(problem, stored) && good;
+      good = storing_backward(problem, stored) && good;
+    }
+    const bool plain = std::all_of(c.sequences.begin(), c.sequences.end(),
+                                   [](const Lengths& s) { return s.contexts == 0 && s.targets == 0; });
+    if (plain && c.rule.window < 0 && c.rule.causal) good = storing_forward<true>(problem, all) && good;
   }
+  emulator::random_numbers = numbers;
   std::fflush(stdout);
   return good;
 }

@@ -369,7 +369,9 @@ inline uint32_t pack_finite_halves(float low, float high) {
   return half(low) | half(high) << 16;
 }
 
-inline uint4 load_words(const uint4* where) { return *where; }
+inline uint4 load_written(const uint4* from) { return *from; }
+inline void prefetch_to_l2(const void*, int) {}
+
 inline void store_once(uint32_t* where, uint32_t word) { *where = word; }
 
 inline void store_matrices(char* address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -291,6 +291,51 @@ struct Store {
   DsStore store() { return {data.data(), first.data(), &left, zeros.data()}; }
 };
 
+// A bias in memory, in the places that a store of dS has.
+struct FilledBias {
+  const Store& places;
+  std::vector<uint16_t> data;
+
+  explicit FilledBias(const Store& store) : places(store), data(size_t(store.cells) * kCellElements, 0x7fff) {}
+  BiasStore store() const { return {data.data(), places.first.data(), &places.left}; }
+
+  template <bool kQueryRows>
+  bool fill(const Problem& problem) {
+    const List list(problem.batch(), ListKind::kQueries, kCellQueries);
+    int counter = 0;
+    FillParams p{problem.bias.relative(), list.list(), problem.c.rule, &counter};
+    p.bias.store = store();
+    return emulator::launch(2, kFillThreads, sizeof(FillShared), [&] { fill_bias_kernel<kQueryRows>(p); });
+  }
+};
+
+// The passes of a relative bias at D = 128, the bias of the first `stored` sequences in memory.
+template <bool kCausal>
+bool storing_forward(const Problem& problem, size_t stored) {
+  using Stored = ForwardShape<Element, D, kCausal, Bias::kRelative, true>;
+  using LeftOver = ForwardShape<Element, D, kCausal, Bias::kRelative>;
+  const List list(problem.batch(), ListKind::kQueries, Stored::kQueries);
+  Matrix out(problem.q.rows, problem.c.heads, problem.c.v_dim, true);
+  Store places(problem, stored);
+  FilledBias filled(places);
+  bool ran = filled.fill<true>(problem);
+  int counters[2] = {0, 0};
+  ForwardParams base{problem.q.map(), problem.k.map(), problem.v.map(), problem.common(&counters[0]), list.list(),
+                     out.output()};
+  auto first = problem.with_bias<Stored>(base);
+  base.common.counter = &counters[1];
+  auto second = problem.with_bias<LeftOver>(base);
+  first.bias.store = second.bias.store = filled.store();
+  ran = emulator::launch(problem.c.blocks, Stored::kThreads, sizeof(typename Stored::Shared),
+                         [&] { forward_kernel<Stored>(first); }) && ran;
+  ran = emulator::launch(problem.c.blocks, LeftOver::kThreads, sizeof(typename LeftOver::Shared),
+                         [&] { forward_kernel<LeftOver>(second); }) && ran;
+  const double off = error(out.data, problem.out);
+  std::printf("%s, D = %d, forward%s by a stored bias: %s, out %.1e, bias of %zu sequences kept\n", problem.c.name, D,
+              kCausal ? ", causal," : "", ran ? "ran" : "hung", off, problem.c.sequences.size() - places.left);
+  return ran && off < 0.005;
+}
+
 template <bool kCausal, Bias kBias>
 bool forward(const Problem& problem) {
   using Shape = ForwardShape<Element, D, kCausal, kBias>;
