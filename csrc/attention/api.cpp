@@ -74,6 +74,18 @@ const Instance* find(const Instance (&table)[kCount], const genrec_attention_pro
   return best;
 }
 
+// The forward kernel that serves the problem, and its list in the plan.
+struct Forward {
+  const ForwardInstance& kernel;
+  int queries;
+};
+
+Forward find_forward(const genrec_attention_problem& p) {
+  const ForwardInstance& plain = *find(kForward, p, Bias::kNone);
+  const ForwardInstance& one = *find(kForward, p, bias_kind(p));
+  return {one, one.blocks.queries == plain.blocks.queries ? kForwardQueries : kBiasedForward};
+}
+
 // The backward kernel that serves the problem, and its lists in the plan.
 struct Backward {
   const BackwardInstance& kernel;
@@ -164,7 +176,12 @@ PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
   PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0,
-                   backward.blocks.stored_rows}, {}, p.sequences, stored_cells(p, backward)};
+                   backward.blocks.stored_rows, 0}, {}, p.sequences, stored_cells(p, backward)};
+  // One list serves both kinds of bias: each has the tiles of the kernel without one, or these.
+  for (Bias kind : {Bias::kRelative, Bias::kDense}) {
+    const ForwardInstance* one = find(kForward, p, kind);
+    if (one != nullptr && one->blocks.queries != forward.blocks.queries) shape.size[kBiasedForward] = one->blocks.queries;
+  }
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
@@ -367,7 +384,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   const genrec_attention_problem& p = *problem;
   if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
-  const ForwardInstance& one = *find(kForward, p, bias_kind(p));
+  const auto [one, query_list] = find_forward(p);
   const PlanShape shape = plan_shape(p);
   ForwardParams params{};
   int most = 0;
@@ -379,9 +396,9 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   cudaError_t error = cudaMemsetAsync(workspace, 0, 64, on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
   params.common = common(p, static_cast<int*>(workspace));
-  params.list = shape.list(plan, kForwardQueries);
+  params.list = shape.list(plan, query_list);
   params.out = output(out, p.v_dim);
-  error = one.launch(params, bias_params(p.bias), blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
+  error = one.launch(params, bias_params(p.bias), blocks_for(shape.capacity[query_list], p.heads, most), on);
   return error == cudaSuccess ? 0 : fail("forward_kernel", error);
 }
 

@@ -21,15 +21,18 @@ struct ForwardShape {
   static constexpr bool kCausal = kCausal_;
   static constexpr Bias kBias = kBias_;
   static constexpr bool kRelative = kBias == Bias::kRelative;
+  // A relative bias makes a warpgroup's chain of scores, bias, SiLU and products long: a third one hides it better than
+  // larger tiles of keys.
+  static constexpr bool kThreeChains = kRelative && D == 128;
   // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three).
-  static constexpr int kConsumers = D <= 64 ? 3 : 2;
+  static constexpr int kConsumers = D <= 64 || kThreeChains ? 3 : 2;
   static constexpr int kQueries = 64 * kConsumers;
-  static constexpr int kKeys = D == 256 ? 64 : 128;
+  static constexpr int kKeys = D == 256 || kThreeChains ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
-  static constexpr bool kBiasAhead = kConsumers == 2;  // registers left for the bias before the scores are there
-  // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
+  static constexpr bool kBiasAhead = D > 64;  // registers left for the bias before the scores are there
+  // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB; D = 128 with a relative bias: 2 * 48 + 6 * 16 KiB.
   static constexpr int kQueryStages = D == 256 ? 1 : 2;
-  static constexpr int kKeyStages = D <= 64 ? 4 : 2;
+  static constexpr int kKeyStages = D <= 64 ? 4 : kThreeChains ? 3 : 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;

@@ -5,7 +5,7 @@
 
 namespace genrec::attention {
 
-// The lists of the backward kernels with a bias are empty where their tiles are those of the ones without.
+// The lists of the kernels with a bias are empty where their tiles are those of the ones without.
 enum PlanList : int {
   kForwardQueries = 0,
   kBackwardKeys = 1,
@@ -13,7 +13,8 @@ enum PlanList : int {
   kBiasedKeys = 3,
   kBiasedQueries = 4,
   kStoredQueries = 5,  // of sequences whose dS is kept in memory
-  kPlanLists = 6
+  kBiasedForward = 6,
+  kPlanLists = 7
 };
 
 constexpr int64_t kPlanHeaderBytes = 64;

@@ -171,13 +171,14 @@ def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
 
 
 def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes.CDLL) -> None:
-    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128)}
-    long = {size: rows // size + 3 for size in (64, 128)}
-    # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too.
+    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128, 192)}
+    long = {size: rows // size + 3 for size in (64, 128, 192)}
+    # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too; but
+    # forward that with a relative bias has 192 queries.
     problem = _problem(query_rows=rows, key_rows=rows)
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64])
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64] + long[192])
     # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
-    assert binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64])
+    assert binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64] + short[192])
     # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; of 192 queries where dS is in
     # memory, with a place for each sequence's.
     problem, stored = _problem(qk_dim=256, v_dim=256), 1000 // 192 + 3
