@@ -8,10 +8,11 @@ namespace genrec::attention {
 
 // What a thread reads of a tile for kSize scores: columns -8, 0, 8 ... of the window and their neighbours of its first row,
 // which are columns 0, 8, 16 ... of the second, 8 further down; kinds of parts. `read` may come before the scores are
-// there: with kAhead the values are held in registers from then on.
+// there: with kAhead the values are held in registers from then on, the weights of parts added to them.
 template <int kSize, bool kAhead>
 struct BiasValues {
-  static constexpr int kCount = kSize / 4 + 1;
+  static constexpr bool kHasWeights = kAhead;
+  static constexpr int kBlocks = kSize / 4, kParts = kSize / 16;  // of 8 columns, and of 32
   uint32_t kinds;
 
   template <class Tile>
@@ -20,19 +21,32 @@ struct BiasValues {
     kinds = largest_of_warp(*reinterpret_cast<const uint32_t*>(tile.kinds[row / 16]));
     const int x = column - row + Tile::kRows - 1, odd = x & 1;
     window_ = tile.window[odd] + (x - odd) - 8;
-    if (!kAhead) return;
-    CUTE_UNROLL
-    for (int n = 0; n < kCount; ++n) held_[n] = load(n);
+    if constexpr (kAhead) {
+      CUTE_UNROLL
+      for (int n = 0; n < kBlocks; ++n) first_[n] = load(n + 1);
+      second_[0] = load(0);
+      CUTE_UNROLL
+      for (int p = 1; p < kParts; ++p) second_[p] = first_[4 * p - 1];
+      if (kinds == kInWindow) return;
+      CUTE_UNROLL
+      for (int p = 0; p < kParts; ++p) {
+        const float weight = tile.parts[row / 16][p].weight;
+        second_[p].x += weight, second_[p].y += weight;
+        CUTE_UNROLL
+        for (int n = 4 * p; n < 4 * p + 4; ++n) first_[n].x += weight, first_[n].y += weight;
+      }
+    }
   }
 
   // h = half_alpha s + window.
   template <class Scores>
   __device__ void add(Scores& scores, float half_alpha) const {
-    float2 before = value(0);
+    float2 before = kAhead ? second_[0] : load(0);
     CUTE_UNROLL
     for (int e = 0; e < kSize; e += 4) {
-      if (e % 16 == 0) keep_order();
-      const float2 now = value(e / 4 + 1);
+      if (!kAhead && e % 16 == 0) keep_order();
+      if (kAhead && e % 16 == 0) before = second_[e / 16];
+      const float2 now = kAhead ? first_[e / 4] : load(e / 4 + 1);
       scores(e) = fmaf(scores(e), half_alpha, now.x);
       scores(e + 1) = fmaf(scores(e + 1), half_alpha, now.y);
       scores(e + 2) = fmaf(scores(e + 2), half_alpha, before.x);
@@ -43,10 +57,10 @@ struct BiasValues {
 
  private:
   const float* window_;
-  float2 held_[kAhead ? kCount : 1];
+  // Of the thread's first row; and of its second in each part's first 8 columns, those of the others are the first's.
+  float2 first_[kAhead ? kBlocks : 1], second_[kAhead ? kParts : 1];
 
   __device__ float2 load(int n) const { return *reinterpret_cast<const float2*>(window_ + 8 * n); }
-  __device__ float2 value(int n) const { return kAhead ? held_[n] : load(n); }
 };
 
 // The edges of 16 scores from the `first`-th on, a part of a tile. `near`: of the thread's first column of it; `low`,
@@ -132,9 +146,11 @@ __device__ inline void add_bias_by_parts(Scores& scores, float half_alpha, const
     const int kind = values.kinds >> first / 2 & 0xff, from = column + 2 * first;
     keep_order();
     if (kind < kLookUp) {
-      const float weight = part.weight;
-      CUTE_UNROLL
-      for (int e = first; e < first + 16; ++e) scores(e) += weight;
+      if constexpr (!Values::kHasWeights) {
+        const float weight = part.weight;
+        CUTE_UNROLL
+        for (int e = first; e < first + 16; ++e) scores(e) += weight;
+      }
       if (kind > kEdges) add_edges(scores, first, tile, part, kind - kEdges, tile.near + from, low, high);
     } else if (kind == kLookUp) {
       add_looked_up(scores, first, tile, buckets, tile.near + from, low, high);

@@ -45,7 +45,7 @@ struct BiasEdge {
 
 struct BiasPart {
   BiasEdge edge[kPartEdges];
-  float weight;  // before all edges
+  float weight;  // before all edges; 0 where weights are looked up
 };
 
 template <int kPartRows, int kPartColumns>
@@ -230,8 +230,10 @@ struct BiasWriter {
   // All parts alike.
   __device__ void put_kinds(Tile& tile, PartKind kind) const {
     if constexpr (Tile::kParts) {
-      for (int n = lane; n < Tile::kPartRows; n += 32)
+      for (int n = lane; n < Tile::kPartRows; n += 32) {
         *reinterpret_cast<uint32_t*>(tile.kinds[n]) = static_cast<uint32_t>(kind) * 0x1010101u;
+        for (int column = 0; column < Tile::kPartColumns && kind != kInWindow; ++column) tile.parts[n][column].weight = 0.f;
+      }
     }
   }
 
@@ -311,6 +313,7 @@ struct BiasWriter {
   __device__ PartKind put_part(BiasPart& part, const TimeDistances& apart, int from, int edges, bool brief, int sign,
                                int64_t offset) const {
     const bool few = edges == 0 || (apart.one_sign() && edges <= kPartEdges && brief);
+    part.weight = 0.f;
     if (!few) return apart.farthest < int64_t{1} << kNearBits ? kLookUp : kLookUpWide;
     // Distances s (f - g) fall as `near` rises; where they are negative ones, sizes rise: steps are taken back.
     const bool falling = (apart.ahead >= 0) == (sign > 0);
