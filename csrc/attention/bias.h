@@ -64,24 +64,32 @@ struct BiasValues {
 };
 
 // The edges of 16 scores from the `first`-th on, a part of a tile. `near`: of the thread's first column of it; `low`,
-// `high`: s f of its rows, lowest digits.
-template <class Scores, class Tile>
+// `high`: s f of its rows, lowest digits. kAhead: times are read once for all edges, and each edge before the last is done
+// with; that takes a dozen registers.
+template <bool kAhead, class Scores, class Tile>
 __device__ inline void add_edges(Scores& scores, int first, const Tile& tile, const BiasPart& part, int edges,
                                  const int* near, uint32_t low, uint32_t high) {
+  const auto times_of = [&](int n) { return *reinterpret_cast<const int2*>(near + 8 * n); };
+  BiasEdge edge = part.edge[0];
+  int2 held[4];
+  CUTE_UNROLL
+  for (int n = 0; kAhead && n < 4; ++n) held[n] = times_of(n);
   CUTE_NO_UNROLL
   for (int k = 0; k < edges; ++k) {
-    const BiasEdge edge = part.edge[k];
+    if (!kAhead) edge = part.edge[k];
     const int reach_low = static_cast<int>(low - tile.origin) + edge.reach;
     const int reach_high = static_cast<int>(high - tile.origin) + edge.reach;
+    const float step = edge.step;
+    if (kAhead) edge = part.edge[smaller(k + 1, kPartEdges - 1)];
     CUTE_UNROLL
     for (int n = 0; n < 4; ++n) {
-      if (n % 2 == 0) keep_order();
+      if (!kAhead && n % 2 == 0) keep_order();
       const int e = first + 4 * n;
-      const int2 times = *reinterpret_cast<const int2*>(near + 8 * n);
-      if (times.x <= reach_low) scores(e) += edge.step;
-      if (times.y <= reach_low) scores(e + 1) += edge.step;
-      if (times.x <= reach_high) scores(e + 2) += edge.step;
-      if (times.y <= reach_high) scores(e + 3) += edge.step;
+      const int2 times = kAhead ? held[n] : times_of(n);
+      if (times.x <= reach_low) scores(e) += step;
+      if (times.y <= reach_low) scores(e + 1) += step;
+      if (times.x <= reach_high) scores(e + 2) += step;
+      if (times.y <= reach_high) scores(e + 3) += step;
     }
   }
 }
@@ -151,7 +159,7 @@ __device__ inline void add_bias_by_parts(Scores& scores, float half_alpha, const
         CUTE_UNROLL
         for (int e = first; e < first + 16; ++e) scores(e) += weight;
       }
-      if (kind > kEdges) add_edges(scores, first, tile, part, kind - kEdges, tile.near + from, low, high);
+      if (kind > kEdges) add_edges<Values::kHasWeights>(scores, first, tile, part, kind - kEdges, tile.near + from, low, high);
     } else if (kind == kLookUp) {
       add_looked_up(scores, first, tile, buckets, tile.near + from, low, high);
     } else {
