@@ -38,6 +38,12 @@ struct BiasValues {
     }
   }
 
+  // Whether `add` adds all of the bias: no part has edges or is looked up.
+  __device__ bool complete() const {
+    static_assert(kInWindow == 0 && kEdges == 1, "the lowest bit tells apart what needs no more");
+    return kHasWeights ? (kinds & ~0x01010101u) == 0 : kinds == 0;
+  }
+
   // h = half_alpha s + window.
   template <class Scores>
   __device__ void add(Scores& scores, float half_alpha) const {
@@ -145,7 +151,7 @@ __device__ inline void add_bias_by_parts(Scores& scores, float half_alpha, const
                                          Fixed fixed, Streamed streamed) {
   constexpr int kSize = decltype(cute::size(scores))::value;
   values.add(scores, half_alpha);
-  if (values.kinds == kInWindow) return;
+  if (values.complete()) return;
   const BiasPart* parts = tile.parts[row / 16];
   low *= static_cast<uint32_t>(tile.sign), high *= static_cast<uint32_t>(tile.sign);
   CUTE_UNROLL

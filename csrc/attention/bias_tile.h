@@ -178,6 +178,7 @@ struct BiasWriter {
   const float factor;  // of weights
   const int lane, shift;
   int first_fixed;
+  int looks_back = kNever;  // rows from this one on, counted as keys are, see no later ones: parts of such need no weights
   TimeSpan fixed{kNoDistance, -kNoDistance};
   TimeSpan rows[kOwnParts];  // those of the lane's parts
   int64_t own[kOwn];
@@ -210,7 +211,7 @@ struct BiasWriter {
     float constant = 0.f;
     TimeKind kind = TimeKind::kOne;
     if (bias.time != nullptr) {
-      kind = put_times(tile, constant);
+      kind = put_times(tile, first_streamed, constant);
     } else {
       put_kinds(tile, kInWindow);
     }
@@ -238,7 +239,7 @@ struct BiasWriter {
   }
 
   // How buckets are told; `constant`: the weight that goes into the window.
-  __device__ TimeKind put_times(Tile& tile, float& constant) const {
+  __device__ TimeKind put_times(Tile& tile, int first_streamed, float& constant) const {
     TimeSpan streamed{kNoDistance, -kNoDistance}, columns;  // columns: of the lane's parts
     CUTE_UNROLL
     for (int n = 0; n < kOwn; ++n) {
@@ -270,7 +271,7 @@ struct BiasWriter {
     if (lane == 0) tile.sign = sign, tile.base = base, tile.edges = edges;
     if constexpr (Tile::kParts) {
       if (lane == 0) tile.origin = static_cast<uint32_t>(origin);
-      put_parts(tile, columns, found, brief, sign, origin - base);
+      put_parts(tile, first_streamed, columns, found, brief, sign, origin - base);
     } else if (few && lane < edges) {
       tile.shift[lane] = buckets.edges[all.first + 1 + lane] + base;
       tile.step[lane] = buckets.weights[all.first + 1 + lane] - buckets.weights[all.first + lane];
@@ -295,14 +296,20 @@ struct BiasWriter {
     return {-largest_of_warp(-all.first), largest_of_warp(all.last)};
   }
 
-  __device__ void put_parts(Tile& tile, const TimeSpan& columns, const Buckets (&found)[kOwnParts], bool brief, int sign,
-                            int64_t offset) const {
+  __device__ void put_parts(Tile& tile, int first_streamed, const TimeSpan& columns, const Buckets (&found)[kOwnParts],
+                            bool brief, int sign, int64_t offset) const {
     const int column = lane % Tile::kPartColumns;
     CUTE_UNROLL
     for (int n = 0; n < kOwnParts; ++n) {
       const int row = 2 * pair(n) + lane / 16;
       if (row >= Tile::kPartRows) continue;
       if (Tile::kPartColumns < 4) tile.kinds[row][3 - column] = kInWindow;
+      const int first_row = first_fixed + shift + 16 * row;
+      if (first_row >= looks_back && first_streamed + 32 * column > first_row + 15) {
+        tile.kinds[row][column] = kInWindow;
+        tile.parts[row][column].weight = 0.f;
+        continue;
+      }
       tile.kinds[row][column] = put_part(tile.parts[row][column], TimeDistances(rows[n], columns), found[n].first,
                                          found[n].last - found[n].first, brief, sign, offset);
     }

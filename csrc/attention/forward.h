@@ -150,6 +150,7 @@ __device__ inline void forward_prepare_bias(const typename Shape::Params& p, typ
     const int count = ranges.count();
     if (next < count) {
       BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile, 0.5f);
+      if (p.common.rule.causal) writer.looks_back = mask.contexts;
       CUTE_NO_UNROLL
       for (; next < count; next += kWarps, turn.next()) {
         const int first_key = ranges.tile(next) * Shape::kKeys;
