@@ -202,9 +202,11 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
   for (;; work.next(), q.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const TileRecord tile = shared.work[work.stage].tile;
+    // With a relative bias it is kept until the unit is done: what is rarely asked for is read again, for want of registers.
+    conditional_t<Shape::kRelative, const Work&, const Work> unit = shared.work[work.stage];
+    const auto release_unit = [&] { release(shared.work_ring.empty[work.stage]); };
+    if (!Shape::kRelative) release_unit();
     if (tile.sequence < 0) break;
-    // Kept until the unit is done: what is rarely asked for is read again, for want of registers.
-    const Work& unit = shared.work[work.stage];
 
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
@@ -290,7 +292,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
     release(shared.q_ring.empty[q.stage]);
     const TileRecord done = unit.tile;
     const int first = done.first + 64 * warpgroup, head = unit.head;
-    release(shared.work_ring.empty[work.stage]);
+    if (Shape::kRelative) release_unit();
     const float scale = p.common.scales ? p.common.scales[done.sequence] : p.common.scale;
     store_rows<Element>(out, scale, p.out, int64_t{done.query_start} + first, head, 0, done.queries - first);
   }
