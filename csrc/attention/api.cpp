@@ -61,6 +61,12 @@ bool serves(const BackwardInstance& one, const genrec_attention_problem& p) {
   return one.lengths == SequenceLengths::kAll || (one.lengths == SequenceLengths::kLong) == (p.key_rows >= kLongMean * p.sequences);
 }
 
+// Whether the forward pass puts the relative bias into memory first. Measured: that wins for sequences of up to some 2,000
+// keys, whose times are looked up for the most part; longer ones' are told by few edges beside the products.
+bool stores_bias(const ForwardInstance& one, const genrec_attention_problem& p) {
+  return one.blocks.bias_stored && p.key_rows < kLongMean * p.sequences;
+}
+
 // The smallest instance that holds the dims. The general mask covers the causal one.
 template <class Instance, size_t kCount>
 const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p, Bias bias) {
@@ -176,7 +182,7 @@ int stored_rows_of(const genrec_attention_problem& p) {
     const BackwardInstance* one = find(kBackward, p, bias);
     if (one != nullptr) rows = larger(rows, one->blocks.stored_rows);
     const ForwardInstance* forward = find(kForward, p, bias);
-    if (forward != nullptr && forward->blocks.bias_stored) rows = kCellQueries;
+    if (forward != nullptr && stores_bias(*forward, p)) rows = kCellQueries;
   }
   return rows;
 }
@@ -312,8 +318,8 @@ int64_t bias_bytes(const PlanShape& shape) { return shape.cells * kCellElements 
 struct ForwardMemory {
   int64_t zeroed = 64, bias_at = 128, bytes;
 
-  ForwardMemory(const ForwardInstance& one, const PlanShape& shape)
-      : bytes(one.blocks.bias_stored ? bias_at + bias_bytes(shape) : zeroed) {}
+  ForwardMemory(const ForwardInstance& one, const genrec_attention_problem& p, const PlanShape& shape)
+      : bytes(stores_bias(one, p) ? bias_at + bias_bytes(shape) : zeroed) {}
 };
 
 // The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ;
@@ -397,7 +403,7 @@ int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem
                                          int32_t deterministic) {
   if (check_problem(problem, backward != 0) != 0) return -1;
   const PlanShape shape = plan_shape(*problem);
-  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), shape).bytes;
+  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), *problem, shape).bytes;
   BackwardLaunches blocks{0, 0};
   if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
   return BackwardMemory(*problem, shape, deterministic != 0, blocks).bytes;
@@ -419,20 +425,21 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  const ForwardMemory memory(one, shape);
+  const ForwardMemory memory(one, p, shape);
   int* counters = static_cast<int*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
   params.list = shape.list(plan, kForwardQueries);
   params.out = output(out, p.v_dim);
   BiasParams bias = bias_params(p.bias);
-  if (one.blocks.bias_stored) {
+  const bool stored = stores_bias(one, p);
+  if (stored) {
     char* data = static_cast<char*>(workspace) + memory.bias_at;
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
     error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
   }
-  for (int pass = 0; pass < 1 + one.blocks.bias_stored; ++pass) {
+  for (int pass = one.blocks.bias_stored && !stored; pass < 1 + one.blocks.bias_stored; ++pass) {
     params.common = common(p, counters + pass);
     error = one.launch(params, bias, pass, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
     if (error != cudaSuccess) return fail("forward_kernel", error);

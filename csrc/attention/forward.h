@@ -31,7 +31,7 @@ struct ForwardShape {
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = D == 256 ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
-  static constexpr bool kBiasAhead = kConsumers == 2;  // registers left for the bias before the scores are there
+  static constexpr bool kBiasAhead = D > 64;  // registers left for the bias before the scores are there
   // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
   static constexpr int kQueryStages = D == 256 ? 1 : 2;
   static constexpr int kKeyStages = D <= 64 ? 4 : 2;
@@ -174,6 +174,7 @@ __device__ inline void forward_prepare_bias(const typename Shape::Params& p, typ
     const int count = ranges.count();
     if (next < count) {
       BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile, 0.5f);
+      if (p.common.rule.causal) writer.looks_back = mask.contexts;
       CUTE_NO_UNROLL
       for (; next < count; next += kWarps, turn.next()) {
         const int first_key = ranges.tile(next) * Shape::kKeys;
@@ -202,6 +203,7 @@ template <class Shape>
 __device__ inline void forward_consume(const typename Shape::Params& p, typename Shape::Shared& shared, int warpgroup) {
   using namespace cute;
   using Element = typename Shape::Element;
+  using Work = typename Shape::Work;
   constexpr int D = Shape::D;
   typename Shape::ScoreMma score_mma;
   typename Shape::OutMma out_mma;
@@ -224,10 +226,12 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
   for (;; work.next(), q.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const TileRecord tile = shared.work[work.stage].tile;
-    const int head = shared.work[work.stage].head;
+    // With a relative bias it is kept until the unit is done: what is rarely asked for is read again, for want of registers.
+    conditional_t<Shape::kRelative, const Work&, const Work> unit = shared.work[work.stage];
+    const auto release_unit = [&] { release(shared.work_ring.empty[work.stage]); };
     StoredBiasRow stored;
     if constexpr (Shape::kBiasStored) stored = shared.work[work.stage].bias[warpgroup];
-    release(shared.work_ring.empty[work.stage]);
+    if (!Shape::kRelative) release_unit();
     if (tile.sequence < 0) break;
 
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
@@ -238,7 +242,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
     const RowBand band = mask.rows(i0, i1);
     const int fixed_row = 64 * warpgroup + lane.row();
     const auto query_time = [&](int down) {
-      if constexpr (Shape::kRelative) return TileTimes<true>(p.bias, tile).fixed(tile.first + fixed_row + down);
+      if constexpr (Shape::kRelative) return TileTimes<true>(p.bias, unit.tile).fixed(unit.tile.first + fixed_row + down);
     };
     uint32_t times[2] = {0, 0};  // lowest digits, of the thread's two rows
     if constexpr (Shape::kRelative) {
@@ -259,14 +263,14 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
       if constexpr (Shape::kRelative) {
         add_bias_by_parts(scores, p.common.half_alpha, values, shared.bias.tiles[bias.stage], shared.bias.buckets,
                           fixed_row, lane.column(), times[0], times[1], query_time,
-                          [&](int column) { return TileTimes<true>(p.bias, tile).streamed(j0 + column); });
+                          [&](int column) { return TileTimes<true>(p.bias, unit.tile).streamed(j0 + column); });
         release(shared.bias.ring.empty[bias.stage]);
         bias.next();
       } else if constexpr (Shape::kBiasStored) {
         loaded.add_to(scores, p.common.half_alpha);
         if (n + 1 < count) loaded.load(stored, ranges.tile(n + 1), lane);
       } else if constexpr (Shape::kBias == Bias::kDense) {
-        add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, head,
+        add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, unit.head,
                              tile.first + 64 * warpgroup + lane.row(), j0 + lane.column(), tile.queries, tile.keys);
       }
       const bool masked = !band.all_see(j0, j0 + Shape::kKeys);
@@ -317,9 +321,11 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
       v.next();
     }
     release(shared.q_ring.empty[q.stage]);
-    const int first = tile.first + 64 * warpgroup;
-    const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
-    store_rows<Element>(out, scale, p.out, int64_t{tile.query_start} + first, head, 0, tile.queries - first);
+    const TileRecord done = unit.tile;
+    const int first = done.first + 64 * warpgroup, head = unit.head;
+    if (Shape::kRelative) release_unit();
+    const float scale = p.common.scales ? p.common.scales[done.sequence] : p.common.scale;
+    store_rows<Element>(out, scale, p.out, int64_t{done.query_start} + first, head, 0, done.queries - first);
   }
   turns.finish();
 }
