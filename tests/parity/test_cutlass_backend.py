@@ -20,6 +20,8 @@ CASES = [replace(case, name=f"{case.name}-{dim}", qk_dim=dim, v_dim=dim) for cas
 # Sequences of 2,048 keys and more in the mean have a backward kernel of their own at D = 128.
 _LONG = Case("very_long", (2100, 2050), heads=1, qk_dim=128, v_dim=128)
 CASES += [_LONG, replace(_LONG, name="very_long_masked", contexts=(3, 0), targets=(40, 7), group=2)]
+# Forward their bias is computed, that of shorter ones comes from memory.
+CASES += [replace(case, name=f"{case.name}_bias", position=True, time=True) for case in CASES[-2:]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
