@@ -45,6 +45,12 @@ FORMS = {
     "rows": (Config(32, 32, tma=False, passes="rows"), {"backward_rows": Config(32, 16, tma=False)}),
     "split": (Config(16, 32, tma=False, passes="split"),
               {"backward_values": Config(32, 16, tma=False), "backward_rows": Config(32, 32, tma=False)}),
+    "stored": (Config(16, 32, tma=False, passes="stored"),
+               {"forward": Config(32, 16, tma=False, stored=True), "stored_rows": Config(64, 32, tma=False),
+                "stored_tables": Config(16, 16, tma=False)}),
+    "stored, small blocks": (Config(16, 16, tma=False, passes="stored"),
+                             {"forward": Config(16, 32, tma=False, stored=True),
+                              "stored_rows": Config(16, 64, tma=False), "stored_tables": Config(32, 32, tma=False)}),
 }  # fmt: skip
 """Forms of the backward pass, each with blocks of several shapes."""
 

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from genrec.attention.spec import time_bucket_edges
-from genrec.attention.triton import tuning
+from genrec.attention.triton import launch_stored, tuning
 from genrec.attention.triton.configs import Config, Shape
 from genrec.attention.triton.kernels.forward import forward_kernel
 from genrec.attention.triton.prepared import Prepared, prepared_for
@@ -80,7 +80,14 @@ class Call:
             bias=self.position is not None or self.time is not None,
             hopper=hopper,
             interpreted=INTERPRETED,
+            room_for_bias=self.room[0],
+            room_for_scores=self.room[1],
         )
+
+    @cached_property
+    def room(self) -> tuple[bool, bool]:
+        """Whether the bias, and the gradients of the scores, may be stored."""
+        return launch_stored.room(self)
 
     @cached_property
     def tables(self) -> dict[str, Any]:
@@ -145,9 +152,12 @@ def run_forward(call: Call) -> Tensor:
     return out
 
 
-def launch_forward(call: Call, out: Tensor, config: Config) -> None:
-    """Fills out (T_q, H, Dv)."""
-    arguments = call.common(config, of_keys=False) | strides("out", out) | {
+def launch_forward(call: Call, out: Tensor, config: Config, tiles: launch_stored.BiasTiles | None = None) -> None:
+    """Fills out (T_q, H, Dv); `tiles` are the bias's for these blocks, where they are there already."""
+    if tiles is None and config.stored and call.room[0]:
+        tiles = launch_stored.fill_bias(call, config, of_keys=False)
+    bias = launch_stored.NO_TILES if tiles is None else tiles.arguments()
+    arguments = call.common(config, of_keys=False) | strides("out", out) | bias | {
         "out": out,
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),

@@ -1,0 +1,71 @@
+"""Tiles in memory, between the kernel that makes them and those that read them.
+
+The relative bias depends on no head: `bias_kernel` computes a tile of it once, in 16 bits, and the kernels of all heads
+load it. The gradients of the scores go through memory too, from the kernel over keys to those that sum them over keys
+(dq) and over heads and diagonals (the tables).
+
+Places follow from offsets and lengths alone, without a pass over the batch. Where a causal mask hides everything above
+the diagonal (and keys and queries are the same rows), row blocks lie one after the other with what each can show; the
+number of tiles of a longest sequence's average row is `per_row`, and so many lie between the first tiles of
+neighbouring sequences for each row. WIDE, each row has the columns of the longest sequence.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from genrec.attention.triton.kernels.bias import first_entry
+from genrec.attention.triton.kernels.tiles import EMULATED
+
+
+@triton.jit
+def tile_number(start, b, m, n, per_row, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """int64 number of the tile of row block m and key block n of sequence b, whose queries begin at row `start`."""
+    if WIDE:
+        return (first_entry(start, b, ROWS) + m) * per_row + n
+    else:
+        LARGER: tl.constexpr = ROWS if ROWS > KEYS else KEYS
+        row = m // (LARGER // ROWS)
+        before = row * (row + 1) // 2 * (LARGER // ROWS * (LARGER // KEYS))
+        within = m % (LARGER // ROWS) * ((row + 1) * (LARGER // KEYS)) + n
+        return first_entry(start, b, LARGER) * per_row + (before + within)
+
+
+@triton.jit
+def fragment_offsets(x, y, COLUMNS: tl.constexpr):
+    """Where entry (x, y) of a tile with so many columns lies.
+
+    In the order of the tensor cores' registers: a thread's eight of each 16 x 16 entries are neighbours, a warp's 256.
+    """
+    square = (x >> 4) * (COLUMNS // 16) + (y >> 4)
+    lane = (x & 7) * 4 + ((y & 7) >> 1)
+    return square * 256 + lane * 8 + ((y & 8) >> 1) + ((x & 8) >> 2) + (y & 1)
+
+
+@triton.jit
+def load_fragments(tile, LINES: tl.constexpr, COLUMNS: tl.constexpr):
+    """(LINES, COLUMNS) as `store_fragments` stored it.
+
+    A thread's sixteen bytes at once, in the layout of a product's result: the eight entries that one assembly block
+    makes are those that lie side by side, as `test_triton_compiles.py` verifies. Other layouts would read nonsense:
+    where the compiler has no reason for this one (32 bits, the interpreter), entries are loaded one by one.
+    """
+    offsets = fragment_offsets(tl.arange(0, LINES)[:, None], tl.arange(0, COLUMNS)[None, :], COLUMNS)
+    if EMULATED or tile.dtype.element_ty.primitive_bitwidth != 16:
+        return tl.load(tile + offsets)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a; mad.wide.s32 a, $12, 2, $4; ld.global.nc.v4.b32 {$0, $1, $2, $3}, [a]; }",
+            "=r,=r,=r,=r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r", [tile.to(tl.int64), offsets],
+            dtype=tile.dtype.element_ty, is_pure=True, pack=8)  # fmt: skip
+
+
+@triton.jit
+def store_fragments(tile, x):
+    """Stores x, a multiple of 16 in each dim, for `load_fragments`."""
+    LINES: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    x = tl.reshape(x, [LINES // 16, 2, 8, COLUMNS // 16, 2, 4, 2])
+    x = tl.permute(x, [0, 3, 2, 5, 4, 1, 6])
+    tl.store(tile + tl.arange(0, LINES * COLUMNS), tl.reshape(x, [LINES * COLUMNS]))
