@@ -158,6 +158,7 @@ def launch_forward(call: Call, out: Tensor, config: Config, tiles: launch_stored
         tiles = launch_stored.fill_bias(call, config, of_keys=False)
     bias = launch_stored.NO_TILES if tiles is None else tiles.arguments()
     arguments = call.common(config, of_keys=False) | strides("out", out) | bias | {
+        "AHEAD": config.ahead,
         "out": out,
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),
@@ -178,7 +179,7 @@ def start(kernel: Any, call: Call, config: Config, programs: int, arguments: dic
     elif not INTERPRETED:
         kernel[(programs,)](**arguments)
     else:
-        arguments = {name: x for name, x in arguments.items() if name not in ("num_warps", "num_stages")}
+        arguments = {name: x for name, x in arguments.items() if name not in ("num_warps", "num_stages", "maxnreg")}
         kernel[(programs,)](**arguments)
 
 

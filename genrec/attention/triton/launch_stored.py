@@ -28,6 +28,10 @@ PARTS = 4
 """Programs that share the tiles of a block of rows or keys, or of a diagonal."""
 
 
+REGISTERS = 1024
+"""Of a lane of all warps of a program that waits for memory: two such programs fit a multiprocessor."""
+
+
 @dataclass(frozen=True)
 class Places:
     """Of tiles of all sequences: see `kernels.stored`."""
@@ -84,7 +88,7 @@ class BiasTiles:
 NO_TILES = {"bias_tiles": None, "bias_per_row": 0, "BIAS_WIDE": False}
 
 
-def fill_bias(call: Call, config: Config, of_keys: bool, warps: int = 4) -> BiasTiles:
+def fill_bias(call: Call, config: Config, of_keys: bool, lines: int = 32, warps: int = 4) -> BiasTiles:
     """Tiles for a kernel with such blocks, over blocks of keys or of rows."""
     from genrec.attention.triton import launch  # which imports this module
 
@@ -94,7 +98,7 @@ def fill_bias(call: Call, config: Config, of_keys: bool, warps: int = 4) -> Bias
     common = call.common(config, of_keys)
     arguments = {name: x for name, x in common.items() if name in bias_kernel.arg_names} | {
         "bias_tiles": tiles, "bias_per_row": found.per_row, "parts": PARTS, "OF_KEYS": of_keys, "WIDE": found.wide,
-        "num_warps": warps,
+        "LINES": min(lines, config.keys if of_keys else config.rows), "num_warps": warps,
     }  # fmt: skip
     programs = call.prepared.bound(of_keys, config.keys if of_keys else config.rows) * PARTS
     launch.start(bias_kernel, call, config, programs, arguments)
@@ -150,6 +154,7 @@ def stored_tables_arguments(call: Call, scores: Scores, writer: Config, config: 
     arguments = {name: x for name, x in common.items() if name in stored_tables_kernel.arg_names}
     return arguments | scores.arguments() | {
         "WIDE": scores.places.wide, "BLOCK": config.keys, "parts": PARTS, "DETERMINISTIC": call.deterministic,
+        "maxnreg": REGISTERS // config.warps,
         "MASKED": scores.places.wide or call.num_targets is not None or call.window >= 0 or not whole,
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip

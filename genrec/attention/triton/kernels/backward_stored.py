@@ -137,20 +137,21 @@ def stored_tables_kernel(
             i = (row0 + shift + x)[None, :]
             j = (key0 + x)[:, None]
             line = cell_line(q_start, b, row0, key0, cells_per_row, WIDE)
-            tile = scores + (line * CELL + row0 % CELL)
+            at = line * CELL + row0 % CELL
             of_heads = tl.zeros([BLOCK, BLOCK], tl.float32)
             if MASKED:
                 seen = visible(i, j, contexts, history_end, GROUP, WINDOW, CAUSAL, num_contexts is not None,
                                num_targets is not None)  # fmt: skip
                 seen = seen & (i < kv_len) & (j < kv_len)
                 for h in range(heads):
-                    of_heads += tl.load(tile + h * apart + e, seen, 0.0).to(tl.float32)
+                    of_heads += tl.load(scores + (tl.multiple_of(at + h * apart, BLOCK) + e), seen, 0.0).to(tl.float32)
             else:
                 for group in range(0, heads, TOGETHER):
                     for place in tl.static_range(TOGETHER):
                         h = group + place
                         present = tl.full([BLOCK, BLOCK], 1, tl.int1) & (h < heads)
-                        of_heads += tl.load(tile + h * apart + e, present, 0.0).to(tl.float32)
+                        address = scores + (tl.multiple_of(at + h * apart, BLOCK) + e)  # wide loads want to know
+                        of_heads += tl.load(address, present, 0.0).to(tl.float32)
             summed += of_heads
             if d_time is not None:
                 earliest = tl.load(row_low + rows_entry + m)

@@ -21,11 +21,12 @@ def bias_kernel(
     position, time_table, edges, near_edges, kv_times, q_times, row_low, row_high, key_low, key_high,
     parts, bias_per_row, max_positions,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, BUCKETS: tl.constexpr, FAST: tl.constexpr,
-    OF_KEYS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    OF_KEYS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Tiles as the kernel that loads them has them: (KEYS, ROWS) where OF_KEYS, a program for a block of keys and every
     so many of the row blocks that it visits; else (ROWS, KEYS), for a block of rows. With FAST half the bias, as `silu`
-    wants it."""
+    wants it. So many LINES of a tile are computed at a time.
+    """
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
     work = tl.program_id(0)
     if work >= tl.load(count) * parts:
@@ -54,24 +55,30 @@ def bias_kernel(
         other = cut_block(index, first, low, low, low, high, target_low)
         if OF_KEYS:
             m, n = other, block
-            i = tl.minimum(m * ROWS + shift + tl.arange(0, ROWS), kv_len - 1)[None, :]
-            j = tl.minimum(n * KEYS + tl.arange(0, KEYS), kv_len - 1)[:, None]
-            bias = tl.zeros([KEYS, ROWS], tl.float32)
         else:
             m, n = block, other
-            i = tl.minimum(m * ROWS + shift + tl.arange(0, ROWS), kv_len - 1)[:, None]
-            j = tl.minimum(n * KEYS + tl.arange(0, KEYS), kv_len - 1)[None, :]
-            bias = tl.zeros([ROWS, KEYS], tl.float32)
         if time_table is not None:
             earliest = tl.load(row_low + rows_entry + m)
             span_first, span_last, near = bucket_span(
                 earliest, tl.load(row_high + rows_entry + m), tl.load(key_low + keys_entry + n),
                 tl.load(key_high + keys_entry + n), BUCKETS)  # fmt: skip
-            bias = add_time_bias(bias, i, j, kv_times + kv_start, row_times, kv_len, earliest, span_first, span_last,
-                                 near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip
-        if position is not None:
-            bias += position_bias(i, j, position, max_positions) * FACTOR
-        if bias_tiles.dtype.element_ty == tl.float16:
-            bias = tl.minimum(tl.maximum(bias, -LARGEST), LARGEST)
-        number = tile_number(q_start, b, m, n, bias_per_row, WIDE, ROWS, KEYS)
-        store_fragments(bias_tiles + number * (ROWS * KEYS), bias.to(bias_tiles.dtype.element_ty))
+        tile = bias_tiles + tile_number(q_start, b, m, n, bias_per_row, WIDE, ROWS, KEYS) * (ROWS * KEYS)
+        for line in range(0, KEYS if OF_KEYS else ROWS, LINES):
+            if OF_KEYS:
+                i = (m * ROWS + shift + tl.arange(0, ROWS))[None, :]
+                j = (n * KEYS + line + tl.arange(0, LINES))[:, None]
+                bias = tl.zeros([LINES, ROWS], tl.float32)
+            else:
+                i = (m * ROWS + line + shift + tl.arange(0, LINES))[:, None]
+                j = (n * KEYS + tl.arange(0, KEYS))[None, :]
+                bias = tl.zeros([LINES, KEYS], tl.float32)
+            i = tl.minimum(i, kv_len - 1)
+            j = tl.minimum(j, kv_len - 1)
+            if time_table is not None:
+                bias = add_time_bias(bias, i, j, kv_times + kv_start, row_times, kv_len, earliest, span_first,
+                                     span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip
+            if position is not None:
+                bias += position_bias(i, j, position, max_positions) * FACTOR
+            if bias_tiles.dtype.element_ty == tl.float16:
+                bias = tl.minimum(tl.maximum(bias, -LARGEST), LARGEST)
+            store_fragments(tile + line * (ROWS if OF_KEYS else KEYS), bias.to(bias_tiles.dtype.element_ty))

@@ -9,7 +9,7 @@ from genrec.attention.triton.kernels.activation import kept, silu
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
-from genrec.attention.triton.kernels.stored import load_fragments, tile_number
+from genrec.attention.triton.kernels.stored import load_fragments, prefetch_tile, tile_number
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 
 
@@ -22,7 +22,7 @@ def forward_kernel(
     bias_tiles, bias_per_row, heads, max_positions, alpha, scale, dropout, seed,
     QK_DIM: tl.constexpr, V_DIM: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr, AHEAD: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask.
@@ -77,14 +77,26 @@ def forward_kernel(
                 row_times = None
                 if q_times is not None:
                     row_times = q_times + (q_start - shift)
-            if bias_tiles is not None:  # while the products of scores run, not after them
-                number = tile_number(q_start, b, block, n, bias_per_row, BIAS_WIDE, ROWS, KEYS)
-                bias = load_fragments(bias_tiles + number * (ROWS * KEYS), ROWS, KEYS)
+            if bias_tiles is not None:
+                tile = bias_tiles + tile_number(q_start, b, block, n, bias_per_row, BIAS_WIDE, ROWS, KEYS) * (
+                    ROWS * KEYS)  # fmt: skip
+                if AHEAD == 1 or AHEAD == 4:  # while the products of scores run, not after them
+                    bias = load_fragments(tile, ROWS, KEYS)
+                elif AHEAD == 2:
+                    prefetch_tile(tile, ROWS * KEYS, False)
+                elif AHEAD == 3:
+                    prefetch_tile(tile + ROWS * KEYS, ROWS * KEYS, True)
             k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
                                CUT, False)  # fmt: skip
-            x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
-            if bias_tiles is not None:
-                x += bias.to(tl.float32)
+            if AHEAD == 4 and bias_tiles is not None:
+                x = bias.to(tl.float32) * (1 / (alpha * FACTOR))
+                x = product(q_tile, tl.trans(k_tile), x, PRECISION) * (alpha * FACTOR)
+            else:
+                x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
+                if bias_tiles is not None:
+                    if AHEAD != 1:
+                        bias = load_fragments(tile, ROWS, KEYS)
+                    x += bias.to(tl.float32)
             if time_table is not None:
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
                                   span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip

@@ -54,11 +54,33 @@ def load_fragments(tile, LINES: tl.constexpr, COLUMNS: tl.constexpr):
     offsets = fragment_offsets(tl.arange(0, LINES)[:, None], tl.arange(0, COLUMNS)[None, :], COLUMNS)
     if EMULATED or tile.dtype.element_ty.primitive_bitwidth != 16:
         return tl.load(tile + offsets)
+    elif COLUMNS == 64:  # one address for 16 lines
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a; mad.wide.s32 a, $48, 2, $16;"
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [a]; ld.global.nc.v4.b32 {$4, $5, $6, $7}, [a + 512];"
+            "ld.global.nc.v4.b32 {$8, $9, $10, $11}, [a + 1024]; ld.global.nc.v4.b32 {$12, $13, $14, $15}, [a + 1536]; }",
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,"
+            "l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,"
+            "r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [tile.to(tl.int64), offsets],
+            dtype=tile.dtype.element_ty, is_pure=True, pack=32)  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .b64 a; mad.wide.s32 a, $12, 2, $4; ld.global.nc.v4.b32 {$0, $1, $2, $3}, [a]; }",
             "=r,=r,=r,=r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r", [tile.to(tl.int64), offsets],
             dtype=tile.dtype.element_ty, is_pure=True, pack=8)  # fmt: skip
+
+
+@triton.jit
+def prefetch_tile(tile, ELEMENTS: tl.constexpr, FAR: tl.constexpr):
+    """Asks for a tile of 16 bits: FAR, into the L2 cache."""
+    if not EMULATED:
+        lines = tile + tl.arange(0, ELEMENTS // 64) * 64
+        if FAR:
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
+                                      dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+        else:
+            tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
+                                      dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @triton.jit
