@@ -109,8 +109,8 @@ _LISTS = {
 }  # fmt: skip
 _WITH_BIAS = {"forward": _FORWARD_WITH_BIAS, "backward": _BACKWARD_WITH_BIAS, "backward_rows": _ROWS_WITH_BIAS}
 # An element of fp32 is three of tf32 on the way to the tensor cores: small blocks, and no product made twice.
-_WIDE = {64: [Config(64, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 32, 8, 1)]}
-_WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 32, 8, 1)]}
+_WIDE = {64: [Config(64, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 32, 8, 1)]}
+_WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 16, 8, 1)]}
 _WIDE_ROWS = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 16, 8, 1)]}
 _WIDE_LISTS = {
     "forward": _WIDE, "backward": _WIDE_BACKWARD, "backward_values": _WIDE_BACKWARD, "backward_rows": _WIDE_ROWS,

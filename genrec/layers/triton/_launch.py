@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,22 +16,46 @@ MAX_WIDTH = 16384
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def tile(width: int, per_thread: int = 16, max_rows: int = 64) -> tuple[int, int, int]:
+def tile(width: int, per_thread: int = 16, threads: int = 128) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile that holds whole rows of `width`; columns are a power of two.
 
-    Four warps, more for wide rows. A thread holds `per_thread` elements of each tensor of the tile in registers: 16, or
-    8 (one 16 byte load of 16 bit numbers) in kernels that hold up to ten such tensors and should still leave room for
-    several programs on each multiprocessor.
+    `threads`, more for wide rows, hold `per_thread` elements of each tensor of the tile in registers.
     """
     columns = max(16, 1 << (width - 1).bit_length())
-    rows = max(1, min(max_rows, 128 * per_thread // columns))
+    rows = max(1, min(64, threads * per_thread // columns))
     warps = max(1, min(16, rows * columns // (32 * per_thread)))
     return rows, columns, warps
 
 
-def programs_for(x: Tensor, blocks: int, groups: int, sums: bool) -> int:
-    """Programs that share `blocks` row blocks. Where each has sums of its own to store, no more than run at a time."""
-    return max(1, min(blocks, -(-_processors(x.device) * 4 // groups))) if sums else max(1, blocks)
+_PROGRAMS = 4
+"""Programs of a `loop` on each multiprocessor."""
+
+_UNDER_WAY = 48 * 1024
+"""Bytes of shared memory for what such a program loads ahead."""
+
+
+class Loop(NamedTuple):
+    """How the programs of a kernel share its rows: block after block, the next ones loaded while they work on one.
+
+    Without that a program waits for memory, then memory for the program: a third of its speed was lost.
+    """
+
+    rows: int
+    """Of a block."""
+    columns: int
+    warps: int
+    stages: int
+    """Blocks under way."""
+    programs: int
+    """For each group of columns."""
+
+
+def loop(x: Tensor, width: int, groups: int, tensors: int, per_thread: int, threads: int) -> Loop:
+    """A loop over the rows of `x` by blocks of `width` columns, of which a program reads `tensors` like x."""
+    rows, columns, warps = tile(width, per_thread, threads)
+    stages = max(1, min(4, _UNDER_WAY // (tensors * rows * columns * x.element_size())))
+    programs = max(1, min(-(-x.shape[0] // rows), -(-_processors(x.device) * _PROGRAMS // groups)))
+    return Loop(rows, columns, warps, stages, programs)
 
 
 @lru_cache(maxsize=16)

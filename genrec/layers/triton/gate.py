@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op
-from genrec.layers.triton._launch import check, on_device, programs_for, tile
+from genrec.layers.triton._launch import check, loop, on_device, tile
 from genrec.layers.triton.dropout import keep_mask, threshold
 from genrec.layers.triton.norm import (
     affine_kind,
@@ -76,7 +76,8 @@ def _backward(dy_ptr, a_ptr, u_ptr, n_ptr, w_ptr, b_ptr, seed_ptr, mean_ptr, rst
               da_ptr, du_ptr, dn_ptr, dw_ptr, db_ptr, rows, groups, dim,
               sdy_row, sdy_col, sa_row, sa_head, sa_col, su_row, su_head, su_col, sn_row, sn_col, thr,
               HEAD: tl.constexpr, CONCAT: tl.constexpr, SILU: tl.constexpr, NORMED: tl.constexpr,
-              AFFINE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+              AFFINE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+              STAGES: tl.constexpr):  # fmt: skip
     program, group = tl.program_id(0), tl.program_id(1)
     col = tl.arange(0, COLS)
     at = (group * dim + col).to(tl.int64)[None, :]
@@ -87,7 +88,7 @@ def _backward(dy_ptr, a_ptr, u_ptr, n_ptr, w_ptr, b_ptr, seed_ptr, mean_ptr, rst
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dw = tl.zeros([ROWS, COLS], tl.float32)
     db = tl.zeros([ROWS, COLS], tl.float32)
-    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
         ok = (row < rows)[:, None] & (col < dim)[None, :]
         dy_ptrs = dy_ptr + row[:, None] * sdy_row + (head * (HEAD * PARTS) + inner) * sdy_col
@@ -174,7 +175,7 @@ def gated_product(
         return y, mean, rstd
     n_strides = (0, 0) if normed is None else normed.stride()
     thr = threshold(dropout)
-    block, columns, warps = tile(dim)
+    block, columns, warps = tile(dim, per_thread=32)
     with on_device(a):
         _forward[(triton.cdiv(rows, block), groups)](
             a, u, normed, weight, bias, seed, y, mean, rstd, rows, groups, dim,
@@ -227,18 +228,19 @@ def gated_product_backward(
     da = a.new_empty(a.shape if normed is None or concat else 0)
     du = u.new_empty(u.shape)
     dn = a.new_empty(0) if normed is None else normed.new_empty(normed.shape)
-    block, columns, warps = tile(dim, per_thread=8)
-    programs = programs_for(a, triton.cdiv(rows, block), groups, weight is not None)
+    # The concatenated form has twice as much in registers.
+    cut = loop(a, dim, groups, 5, 8, 128) if concat else loop(a, dim, groups, 3, 16, 64)
     sums = 0 if weight is None else weight.numel()
-    dw, db = (torch.zeros(programs, sums, dtype=torch.float32, device=a.device) for _ in range(2))
+    dw, db = (torch.zeros(cut.programs, sums, dtype=torch.float32, device=a.device) for _ in range(2))
     thr = threshold(dropout)
     if du.numel():
         with on_device(a):
-            _backward[(programs, groups)](
+            _backward[(cut.programs, groups)](
                 dy, a, u, normed, weight, bias, seed, mean, rstd, da, du, dn, dw, db, rows, groups, dim,
                 *dy.stride(), *a.stride(), *u.stride(), *((0, 0) if normed is None else normed.stride()), thr,
                 HEAD=head, CONCAT=concat, SILU=silu, NORMED=normed is not None, DROPOUT=thr > 0,
-                AFFINE=affine_kind(weight, groups, width), ROWS=block, COLS=columns, num_warps=warps,
+                AFFINE=affine_kind(weight, groups, width), ROWS=cut.rows, COLS=cut.columns, STAGES=cut.stages,
+                num_warps=cut.warps,
             )  # fmt: skip
     return da, du, dn, *sum_affine(dw, db, weight, bias)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op
-from genrec.layers.triton._launch import check, on_device, programs_for, tile
+from genrec.layers.triton._launch import check, loop, on_device, tile
 
 NO_AFFINE, BY_COLUMN, BY_GROUP = 0, 1, 2
 
@@ -86,14 +86,14 @@ def _forward(x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr, rows, groups, dim, 
 @triton.jit
 def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, more_ptr, dx_ptr, dw_ptr, db_ptr, rows, groups, dim,
               sdy_row, sdy_col, sx_row, sx_col, sm_row, sm_col, MORE: tl.constexpr,
-              AFFINE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+              AFFINE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     program, group = tl.program_id(0), tl.program_id(1)
     col = tl.arange(0, COLS)
     at = (group * dim + col).to(tl.int64)[None, :]
     w, _ = load_affine(w_ptr, b_ptr, group, col, dim, AFFINE)
     dw = tl.zeros([ROWS, COLS], tl.float32)
     db = tl.zeros([ROWS, COLS], tl.float32)
-    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
         ok = (row < rows)[:, None] & (col < dim)[None, :]
         x = tl.load(x_ptr + row[:, None] * sx_row + at * sx_col, mask=ok, other=0.0).to(tl.float32)
@@ -149,7 +149,7 @@ def layer_norm(
     mean, rstd = (torch.empty(rows, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     if y.numel() == 0:
         return y, mean, rstd
-    block, columns, warps = tile(dim)
+    block, columns, warps = tile(dim, per_thread=32)
     with on_device(x):
         _forward[(triton.cdiv(rows, block), groups)](
             x, weight, bias, y, mean, rstd, rows, groups, dim, x.stride(0), x.stride(1), eps,
@@ -185,16 +185,16 @@ def layer_norm_backward(
     dim = width // groups
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     kind = affine_kind(weight, groups, width)
-    block, columns, warps = tile(dim)
-    programs = programs_for(x, triton.cdiv(rows, block), groups, weight is not None)
+    cut = loop(x, dim, groups, 2 + (more is not None), 16, 64)
     sums = 0 if weight is None else weight.numel()
-    dw, db = (torch.zeros(programs, sums, dtype=torch.float32, device=x.device) for _ in range(2))
+    dw, db = (torch.zeros(cut.programs, sums, dtype=torch.float32, device=x.device) for _ in range(2))
     if dx.numel():
         with on_device(x):
-            _backward[(programs, groups)](
+            _backward[(cut.programs, groups)](
                 dy, x, weight, bias, mean, rstd, more, dx, dw, db, rows, groups, dim,
                 *dy.stride(), *x.stride(), *((0, 0) if more is None else more.stride()),
-                MORE=more is not None, AFFINE=kind, ROWS=block, COLS=columns, num_warps=warps,
+                MORE=more is not None, AFFINE=kind, ROWS=cut.rows, COLS=cut.columns, STAGES=cut.stages,
+                num_warps=cut.warps,
             )  # fmt: skip
     return dx, *sum_affine(dw, db, weight, bias)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op
-from genrec.layers.triton._launch import check, on_device, programs_for, tile
+from genrec.layers.triton._launch import check, loop, on_device, tile
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _store_sum(sums_ptr, total, at, dim, COLS: tl.constexpr):
 def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_head, u_col, v_row, v_head, v_col,
            q_row, q_head, q_col, k_row, k_head, k_col, sy_row, sy_col,
            SILU: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, V_COLS: tl.constexpr,
-           QK_COLS: tl.constexpr):  # fmt: skip
+           QK_COLS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dy from its parts; with SUMS also this program's sums over its rows, (programs, width)."""
     program, head = tl.program_id(0), tl.program_id(1)
     wide = 2 * (v_dim + qk_dim)
@@ -69,7 +69,7 @@ def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_hea
     v_sum = tl.zeros([ROWS, V_COLS], tl.float32)
     q_sum = tl.zeros([ROWS, QK_COLS], tl.float32)
     k_sum = tl.zeros([ROWS, QK_COLS], tl.float32)
-    for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
         u = _merge_part(du, u_row, u_head, u_col, y, dy, row, rows, head, wide, 0, v_dim, sy_row, sy_col, width,
                         False, V_COLS)  # fmt: skip
@@ -111,7 +111,7 @@ def activate_uvqk(y: Tensor, v_dim: int, qk_dim: int, keep_u: bool) -> Tensor:
     z = y.new_empty(rows, width // wide, wide - first)
     if z.numel() == 0:
         return z
-    block, columns, warps = tile(min(wide - first, 1024))
+    block, columns, warps = tile(min(wide - first, 1024), per_thread=32)
     with on_device(y):
         _activate[(triton.cdiv(rows, block), width // wide, triton.cdiv(wide - first, columns))](
             y, z, rows, width, wide, first, v_dim, y.stride(0), y.stride(1),
@@ -143,16 +143,16 @@ def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
     rows, heads, v_dim = dv.shape
     qk_dim = dq.shape[2]
     dy = dv.new_empty(rows, heads * 2 * (v_dim + qk_dim))
-    block, _, warps = tile(max(v_dim, qk_dim), per_thread=8 if sums else 16)
+    cut = loop(dv, max(v_dim, qk_dim), heads, 4 if y is None else 7, 8, 64)
     v_columns, qk_columns = tile(v_dim)[1], tile(qk_dim)[1]
-    programs = programs_for(dv, triton.cdiv(rows, block), heads, sums)
-    partial = dv.new_zeros(programs if sums else 0, dy.shape[1], dtype=torch.float32)
+    partial = dv.new_zeros(cut.programs if sums else 0, dy.shape[1], dtype=torch.float32)
     if dy.numel():
         with on_device(dv):
-            _merge[(programs, heads)](
+            _merge[(cut.programs, heads)](
                 du, dv, dq, dk, y, dy, partial, rows, dy.shape[1], v_dim, qk_dim,
                 *du.stride(), *dv.stride(), *dq.stride(), *dk.stride(), *((0, 0) if y is None else y.stride()),
-                SILU=y is not None, SUMS=sums, ROWS=block, V_COLS=v_columns, QK_COLS=qk_columns, num_warps=warps,
+                SILU=y is not None, SUMS=sums, ROWS=cut.rows, V_COLS=v_columns, QK_COLS=qk_columns, STAGES=cut.stages,
+                num_warps=cut.warps,
             )  # fmt: skip
     return dy, partial.sum(0) if sums else partial.flatten()
 
