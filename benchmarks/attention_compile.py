@@ -188,7 +188,7 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, str, Config]]
                     rows, keys, warps, stages, *rest = (int(x) for x in options.config.split(","))
                     tma = bool(rest[0]) if rest else True
                     passes = options.passes or ("stored" if stored else "one")
-                    yield kind, dim, bias, Config(rows, keys, warps, stages, tma, passes, options.stored, options.ahead)
+                    yield kind, dim, bias, Config(rows, keys, warps, stages, tma, passes, options.stored)
                 elif kind.startswith("bias"):
                     yield kind, dim, bias, Config(128, 64) if kind == "bias_rows" else Config(64, 128)
                 else:
@@ -212,7 +212,6 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument(
         "--passes", choices=["one", "tables", "rows", "split", "stored"], help="form of the backward pass, not the list's"
     )
-    p.add_argument("--ahead", type=int, default=1)
     p.add_argument("--stored", action="store_true", help="with --config: the forward kernel loads a stored bias")
     p.add_argument("--contexts", action="store_true")
     p.add_argument("--targets", action="store_true")

@@ -29,9 +29,6 @@ class Config:
     stored: bool = False
     """Whether the kernel "forward" loads a relative bias that another has computed for all heads; "backward" does in the
     form "stored"."""
-    ahead: int = 1
-    """When a stored bias is asked for (to be decided on a GPU): 0 after the products of the scores, 1 before them, 2 and 3
-    after them with a prefetch before them into the L1 cache or of the next tile into the L2 cache, 4 added by them."""
 
 
 @dataclass(frozen=True)

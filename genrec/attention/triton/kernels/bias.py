@@ -95,6 +95,13 @@ def near_distances(rows, keys, base):
 
 
 @triton.jit
+def reaches(rows, keys, edge):
+    """|rows - keys| >= edge, in 32 bits and for an edge above zero: one comparison without a sign, of what lies beyond
+    -edge with all that lies between the two."""
+    return (rows + (edge - 1) - keys).to(tl.uint32, bitcast=True) > ((edge - 1) * 2).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def far_distances(rows, keys):
     """|rows - keys|, int64, as `time_bucket` clamps them."""
     apart = tl.maximum(rows - keys, -FAR)
@@ -138,10 +145,10 @@ def add_time_bias(
         if first < last:
             rows, keys = load_times(i, j, key_times, row_times, kv_len)
             if near:
-                distance = near_distances(rows, keys, base)
+                near_rows, near_keys = (rows - base).to(tl.int32), (keys - base).to(tl.int32)
                 for b in range(first + 1, last + 1):
                     next_weight = tl.load(table + b) * FACTOR
-                    x = tl.where(distance >= tl.load(near_edges + b), x + (next_weight - weight), x)
+                    x = tl.where(reaches(near_rows, near_keys, tl.load(near_edges + b)), x + (next_weight - weight), x)
                     weight = next_weight
             else:
                 for b in range(first + 1, last + 1):

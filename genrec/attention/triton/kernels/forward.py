@@ -22,7 +22,7 @@ def forward_kernel(
     bias_tiles, bias_per_row, heads, max_positions, alpha, scale, dropout, seed,
     QK_DIM: tl.constexpr, V_DIM: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr, AHEAD: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask.
@@ -80,23 +80,12 @@ def forward_kernel(
             if bias_tiles is not None:
                 tile = bias_tiles + tile_number(q_start, b, block, n, bias_per_row, BIAS_WIDE, ROWS, KEYS) * (
                     ROWS * KEYS)  # fmt: skip
-                if AHEAD == 1 or AHEAD == 4:  # while the products of scores run, not after them
-                    bias = load_fragments(tile, ROWS, KEYS)
-                elif AHEAD == 2:
-                    prefetch_tile(tile, ROWS * KEYS, False)
-                elif AHEAD == 3:
-                    prefetch_tile(tile + ROWS * KEYS, ROWS * KEYS, True)
+                prefetch_tile(tile, ROWS * KEYS)  # while the products of scores run, without registers
             k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
                                CUT, False)  # fmt: skip
-            if AHEAD == 4 and bias_tiles is not None:
-                x = bias.to(tl.float32) * (1 / (alpha * FACTOR))
-                x = product(q_tile, tl.trans(k_tile), x, PRECISION) * (alpha * FACTOR)
-            else:
-                x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
-                if bias_tiles is not None:
-                    if AHEAD != 1:
-                        bias = load_fragments(tile, ROWS, KEYS)
-                    x += bias.to(tl.float32)
+            x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
+            if bias_tiles is not None:
+                x += load_fragments(tile, ROWS, KEYS).to(tl.float32)
             if time_table is not None:
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
                                   span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip

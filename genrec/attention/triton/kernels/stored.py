@@ -45,7 +45,7 @@ def fragment_offsets(x, y, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_fragments(tile, LINES: tl.constexpr, COLUMNS: tl.constexpr):
-    """(LINES, COLUMNS) as `store_fragments` stored it.
+    """(LINES, COLUMNS) as `bias_kernel` stored it.
 
     A thread's sixteen bytes at once, in the layout of a product's result: the eight entries that one assembly block
     makes are those that lie side by side, as `test_triton_compiles.py` verifies. Other layouts would read nonsense:
@@ -71,23 +71,26 @@ def load_fragments(tile, LINES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def prefetch_tile(tile, ELEMENTS: tl.constexpr, FAR: tl.constexpr):
-    """Asks for a tile of 16 bits: FAR, into the L2 cache."""
+def prefetch_tile(tile, ELEMENTS: tl.constexpr):
+    """Asks for a tile of 16 bits, into the L1 cache."""
     if not EMULATED:
         lines = tile + tl.arange(0, ELEMENTS // 64) * 64
-        if FAR:
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
-                                      dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
-        else:
-            tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
-                                      dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
+                                  dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @triton.jit
-def store_fragments(tile, x):
-    """Stores x, a multiple of 16 in each dim, for `load_fragments`."""
-    LINES: tl.constexpr = x.shape[0]
-    COLUMNS: tl.constexpr = x.shape[1]
-    x = tl.reshape(x, [LINES // 16, 2, 8, COLUMNS // 16, 2, 4, 2])
-    x = tl.permute(x, [0, 3, 2, 5, 4, 1, 6])
-    tl.store(tile + tl.arange(0, LINES * COLUMNS), tl.reshape(x, [LINES * COLUMNS]))
+def fragment_entries(e, COLUMNS: tl.constexpr):
+    """(x, y) of the numbers e of such a tile, the other way round than `fragment_offsets`."""
+    square = e >> 8
+    x = square // (COLUMNS // 16) * 16 + ((e >> 5) & 7) + ((e & 2) << 2)
+    y = square % (COLUMNS // 16) * 16 + ((e >> 2) & 6) + ((e & 4) << 1) + (e & 1)
+    return x, y
+
+
+@triton.jit
+def fragment_diagonals(e, COLUMNS: tl.constexpr):
+    """y - x of `fragment_entries`, a sum with what a thread's neighbouring numbers have in common."""
+    square = e >> 8
+    common = (square % (COLUMNS // 16) - square // (COLUMNS // 16)) * 16 + (((e >> 2) & 6) - ((e >> 5) & 7))
+    return common + (((e & 4) << 1) - ((e & 2) << 2) + (e & 1))
