@@ -29,6 +29,8 @@ class Config:
     stored: bool = False
     """Whether the kernel "forward" loads a relative bias that another has computed for all heads; "backward" does in the
     form "stored"."""
+    ahead: bool = False
+    """Whether the next tile of a stored bias is asked for into the L2 cache (to be decided on a GPU)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ _BACKWARD_WITH_BIAS = {
     256: [Config(64, 64, 8, 2, passes="rows"), Config(32, 128, 8, 3, passes="split"),
           Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
 }  # fmt: skip
-_STORED_BACKWARD = {128: [Config(64, 128, 8, 2, passes="stored")]}
+_STORED_BACKWARD = {128: [Config(64, 64, 4, 2, passes="stored"), Config(64, 128, 8, 3, passes="stored")]}
 # At least as many rows as keys, for the gradient of a position table; the other way round in the kernels over keys.
 _ROWS = {
     64: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
@@ -97,7 +99,7 @@ _TABLES = {
     256: [Config(64, 64, 8, 1), Config(32, 64, 8, 1)],
 }
 # Of cells of 128 x 128.
-_STORED_ROWS = [Config(128, 64, 8, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 4)]
+_STORED_ROWS = [Config(128, 64, 4, 3), Config(128, 64, 8, 4), Config(64, 64, 4, 4)]
 _STORED_TABLES = [Config(64, 64, 4, 1), Config(64, 64, 8, 1)]
 _LISTS = {
     "forward": _FORWARD, "backward": _BACKWARD, "backward_values": _VALUES, "backward_rows": _ROWS,

@@ -158,6 +158,7 @@ def launch_forward(call: Call, out: Tensor, config: Config, tiles: launch_stored
         tiles = launch_stored.fill_bias(call, config, of_keys=False)
     bias = launch_stored.NO_TILES if tiles is None else tiles.arguments()
     arguments = call.common(config, of_keys=False) | strides("out", out) | bias | {
+        "AHEAD": config.ahead,
         "out": out,
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),

@@ -154,7 +154,7 @@ def stored_tables_arguments(call: Call, scores: Scores, writer: Config, config: 
     arguments = {name: x for name, x in common.items() if name in stored_tables_kernel.arg_names}
     return arguments | scores.arguments() | {
         "WIDE": scores.places.wide, "BLOCK": config.keys, "parts": PARTS, "DETERMINISTIC": call.deterministic,
-        "maxnreg": REGISTERS // config.warps,
+        "maxnreg": min(255, REGISTERS // config.warps),
         "MASKED": scores.places.wide or call.num_targets is not None or call.window >= 0 or not whole,
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from genrec.attention.triton.kernels.memory import gather
+from genrec.attention.triton.kernels.memory import gather, gather_at
 from genrec.attention.triton.kernels.tiles import EMULATED
 
 BUCKETS_PER_OCTAVE = tl.constexpr(2.3028145533551)
@@ -163,6 +163,33 @@ def add_time_bias(
 def position_bias(i, j, table, max_positions):
     """position_weight[j - i + M - 1] of rows i and keys j inside the sequence."""
     return gather(table, j - i + (max_positions - 1))
+
+
+@triton.jit
+def add_position_bias(
+    x, i0, j0, limit, table, max_positions, FACTOR: tl.constexpr, CUT: tl.constexpr
+):  # fmt: skip
+    """x + FACTOR * position_weight[j - i + M - 1] of a tile of rows from i0 and keys from j0 on, rows first.
+
+    Where the tile lies inside, a thread's entries of a diagonal are one load, and addresses are constants apart: the
+    bits that the layout of a product's result gives to lanes and warps are summed apart from those that number a
+    thread's own entries.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    KEYS: tl.constexpr = x.shape[1]
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, KEYS)[None, :]
+    place = j0 - i0 + (max_positions - 1)
+    if CUT:
+        return x + gather(table, tl.minimum(j0 + c, limit - 1) - tl.minimum(i0 + r, limit - 1)
+                          + (max_positions - 1)) * FACTOR  # fmt: skip
+    else:
+        apart = ((c & 6) - (r & 55)) + ((c & -7) - (r & -56))
+        if place >= ROWS:
+            x += gather_at(table + place, apart) * FACTOR
+        else:
+            x += gather(table, tl.maximum(place + apart, 0)) * FACTOR
+        return x
 
 
 @triton.jit
