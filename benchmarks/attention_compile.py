@@ -80,7 +80,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def make_call(options: argparse.Namespace, dim: int, bias: str) -> launch.Call:
     """A call without data: 4 heads, q, k, v views of one projection, as the layer makes them."""
-    heads, dtype = 4, DTYPES[options.dtype]
+    heads, dtype, relative = 4, DTYPES[options.dtype], bias not in ("none", "dense")
     projection = _meta(131072, heads, 4 * dim, dtype=dtype)
     _, v, q, k = projection.split(dim, dim=-1)
     counts = _meta(32, dtype=torch.int64)
@@ -95,8 +95,9 @@ def make_call(options: argparse.Namespace, dim: int, bias: str) -> launch.Call:
         "max_q_len": 4096, "max_kv_len": 4096, "group": 1, "window": -1, "causal": True, "alpha": 0.1, "scale": 0.001,
         "dropout": options.dropout, "seed": 7, "deterministic": options.deterministic, "reuse": False,
         "prepared": _Plans(_meta(33, dtype=torch.int64), _meta(131072, dtype=torch.int64)),
-        "shape": Shape(dtype.itemsize * 8, launch._width(dim), launch._width(dim), bias not in ("none", "dense"), True,
-                       False),
+        "generation": 9,
+        "shape": Shape(dtype.itemsize * 8, launch._width(dim), launch._width(dim), relative, True, False, relative,
+                       relative),
     }  # fmt: skip
     return call
 

@@ -60,30 +60,27 @@ class Part:
 
     def __str__(self) -> str:
         c = self.config
-        more = ("" if c.tma else ", no TMA") + ", ahead" * c.ahead + f", {self.lines} lines" * bool(self.lines)
+        more = ("" if c.tma else ", no TMA") + f", {self.lines} lines" * bool(self.lines)
         more += "".join(f", {name} {value}" for name, value in self.settings)
         return f"{c.rows} x {c.keys}, {c.warps} warps, {c.stages}{more}"
 
 
 def parts() -> list[Part]:
     """What is timed; blocks are rows x keys."""
-    fill = [(16, 4), (32, 4), (64, 4), (64, 8), (16, 2), (32, 2)]
-    forward = [(128, 64, 4, 2), (128, 64, 4, 2, True), (256, 64, 8, 2), (256, 64, 8, 3), (256, 64, 8, 4),
-               (256, 64, 8, 3, True)]  # fmt: skip
-    keys: list[tuple[Any, ...]] = [(64, 64, 4, 2), (64, 64, 4, 2, False), (64, 64, 4, 1), (32, 64, 4, 2),
-                                   (32, 64, 4, 3), (32, 128, 8, 3)]  # fmt: skip
-    rows = [(128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 4)]
-    tables: list[tuple[Any, ...]] = [(64, 4, 4, 1024), (64, 4, 4, 672), (64, 4, 4, 512), (64, 4, 8, 1024), (64, 4, 2, 1024),
-              (64, 8, 4, 768)]  # fmt: skip
+    fill = [(32, 4), (16, 4), (64, 4), (32, 2)]
+    forward = [(128, 64, 4, 2), (128, 64, 8, 3), (128, 64, 4, 3)]
+    keys = [(64, 64, 4, 2), (64, 128, 8, 3), (64, 64, 4, 1), (32, 64, 4, 3)]
+    rows = [(128, 64, 4, 3), (128, 64, 8, 4), (128, 64, 4, 2), (128, 32, 4, 4)]
+    tables = [(64, 4, 4, 1024), (64, 4, 8, 1024), (64, 4, 2, 1024), (64, 4, 4, 672)]
     return [
         *(Part("bias of rows", ("out",), Config(128, 64, warps, 1, stored=True), lines) for lines, warps in fill),
         *(Part("forward computed", ("out",), Config(*block))
-          for block in ((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3))),
-        *(Part("forward", ("out",), Config(*block[:4], stored=True, ahead=len(block) > 4)) for block in forward),
-        *(Part("position alone", (), Config(*block)) for block in ((64, 64, 4, 2), (128, 64, 4, 2), (256, 64, 8, 3))),
-        *(Part("no bias", (), Config(*block)) for block in ((128, 64, 4, 2), (256, 64, 8, 2), (256, 64, 8, 3))),
+          for block in ((64, 64, 4, 2), (128, 64, 8, 3))),
+        *(Part("forward", ("out",), Config(*block, stored=True)) for block in forward),
+        *(Part("position alone", (), Config(*block)) for block in ((64, 64, 4, 2), (128, 64, 4, 2))),
+        *(Part("no bias", (), Config(*block)) for block in ((128, 64, 4, 2),)),
         *(Part("bias of keys", ("dk", "dv"), Config(64, 64, warps, 1, passes="stored"), lines)
-          for lines, warps in fill[:4]),
+          for lines, warps in fill),
         *(Part("keys", ("dk", "dv"), Config(*block, passes="stored")) for block in keys),
         *(Part("rows", ("dq",), Config(*block)) for block in rows),
         *(Part("tables", ("d_position", "d_time"), Config(block, block, warps, 1), 0,

@@ -29,8 +29,6 @@ class Config:
     stored: bool = False
     """Whether the kernel "forward" loads a relative bias that another has computed for all heads; "backward" does in the
     form "stored"."""
-    ahead: bool = False
-    """Whether the next tile of a stored bias is asked for into the L2 cache (to be decided on a GPU)."""
 
 
 @dataclass(frozen=True)

@@ -72,17 +72,26 @@ class Call:
     @cached_property
     def shape(self) -> Shape:
         """What the choice of a configuration depends on."""
-        hopper = self.q.is_cuda and torch.cuda.get_device_capability(self.q.device)[0] >= 9
         return Shape(
             bits=self.q.element_size() * 8,
             qk_width=_width(self.q.shape[2]),
             v_width=_width(self.v.shape[2]),
             bias=self.position is not None or self.time is not None,
-            hopper=hopper,
+            hopper=self.generation >= 9,
             interpreted=INTERPRETED,
             room_for_bias=self.room[0],
             room_for_scores=self.room[1],
         )
+
+    @cached_property
+    def generation(self) -> int:
+        """Of the GPU, 9 for Hopper; 0 for none."""
+        return torch.cuda.get_device_capability(self.q.device)[0] if self.q.is_cuda else 0
+
+    @cached_property
+    def fragments(self) -> bool:
+        """Whether tiles of the bias are stored in the order of the registers of Hopper's matrix products."""
+        return self.q.element_size() == 2 and not INTERPRETED
 
     @cached_property
     def room(self) -> tuple[bool, bool]:
@@ -154,11 +163,10 @@ def run_forward(call: Call) -> Tensor:
 
 def launch_forward(call: Call, out: Tensor, config: Config, tiles: launch_stored.BiasTiles | None = None) -> None:
     """Fills out (T_q, H, Dv); `tiles` are the bias's for these blocks, where they are there already."""
-    if tiles is None and config.stored and call.room[0]:
+    if tiles is None and config.stored and call.room[0] and launch_stored.loads(call, config, of_keys=False):
         tiles = launch_stored.fill_bias(call, config, of_keys=False)
     bias = launch_stored.NO_TILES if tiles is None else tiles.arguments()
     arguments = call.common(config, of_keys=False) | strides("out", out) | bias | {
-        "AHEAD": config.ahead,
         "out": out,
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),

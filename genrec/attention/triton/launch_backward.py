@@ -134,7 +134,7 @@ class Gradients:
 
 def launch_all(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
     """All kernels of a form; `config` is that of the kernel over keys that makes dk, the others have their own."""
-    if config.passes == "stored" and not call.room[1]:  # the configuration of a call that had room, or a forced one
+    if config.passes == "stored" and not (call.room[1] and launch_stored.loads(call, config, of_keys=True)):  # forced
         config = next(c for c in candidates("backward", call.shape) if c.passes != "stored")
     gradients.begin(config.passes)
     if gradients.scores is not None:

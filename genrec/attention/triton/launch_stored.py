@@ -8,6 +8,7 @@ most half a square of the greatest length for each row; more where lengths diffe
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 PARTS = 4
 """Programs that share the tiles of a block of rows or keys, or of a diagonal."""
-
 
 REGISTERS = 1024
 """Of a lane of all warps of a program that waits for memory: two such programs fit a multiprocessor."""
@@ -56,16 +56,29 @@ def places(call: Call, rows: int, keys: int) -> Places:
 @cache
 def limit(name: str, default: float) -> float:
     """Bytes that the environment allows; read once."""
-    return float(os.environ.get(name) or default) * 2**30
+    text = os.environ.get(name) or str(default)
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan
+    if math.isnan(gib):
+        raise ValueError(f"{name}={text!r} is no number: it is the most memory to take, in GiB; 0 takes none.")
+    return gib * 2**30
 
 
 def room(call: Call) -> tuple[bool, bool]:
     """Whether the bias and the gradients of the scores may be stored: a relative bias alone is worth it."""
-    if call.position is None and call.time is None:
+    if (call.position is None and call.time is None) or (call.fragments and call.generation != 9):
         return False, False
     cells = places(call, CELL.value, CELL.value).tiles * CELL.value**2 * call.q.element_size()
     bias = cells <= limit("GENREC_ATTENTION_BIAS_GIB", 1.0)
     return bias, bias and cells * call.q.shape[1] <= limit("GENREC_ATTENTION_STORED_GIB", 4.0)
+
+
+def loads(call: Call, config: Config, of_keys: bool) -> bool:
+    """Whether a kernel with such blocks has its scores as tiles of the bias are stored, in rows of whole warpgroups."""
+    lines = config.keys if of_keys else config.rows
+    return not call.fragments or (config.warps >= 4 and lines % (16 * config.warps) == 0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from genrec.attention.triton.kernels.memory import gather, gather_at
+from genrec.attention.triton.kernels.memory import gather
 from genrec.attention.triton.kernels.tiles import EMULATED
 
 BUCKETS_PER_OCTAVE = tl.constexpr(2.3028145533551)
@@ -130,11 +130,12 @@ def bucket(distance, near_edges, BUCKETS: tl.constexpr):
 @triton.jit
 def add_time_bias(
     x, i, j, key_times, row_times, kv_len, base, first, last, near, table, edges, near_edges,
-    BUCKETS: tl.constexpr, FACTOR: tl.constexpr,
+    BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALONE: tl.constexpr = False,
 ):  # fmt: skip
     """x + FACTOR * time_weight[bucket(t'_i - t_j)] of a tile.
 
-    Loops over buckets keep the code short; the tiles that look their buckets up are the few near the diagonal.
+    ALONE, in a kernel that does nothing else, comparisons are what counts; beside products of matrices, the registers
+    of distances known once. Loops over buckets keep the code short; the tiles that look their buckets up are the few near the diagonal.
     """
     if near & (last - first > FEW):
         rows, keys = load_times(i, j, key_times, row_times, kv_len)
@@ -145,10 +146,18 @@ def add_time_bias(
         if first < last:
             rows, keys = load_times(i, j, key_times, row_times, kv_len)
             if near:
-                near_rows, near_keys = (rows - base).to(tl.int32), (keys - base).to(tl.int32)
+                if ALONE:
+                    near_rows, near_keys = (rows - base).to(tl.int32), (keys - base).to(tl.int32)
+                else:
+                    distance = near_distances(rows, keys, base)
                 for b in range(first + 1, last + 1):
                     next_weight = tl.load(table + b) * FACTOR
-                    x = tl.where(reaches(near_rows, near_keys, tl.load(near_edges + b)), x + (next_weight - weight), x)
+                    edge = tl.load(near_edges + b)
+                    if ALONE:
+                        far = reaches(near_rows, near_keys, edge)
+                    else:
+                        far = distance >= edge
+                    x = tl.where(far, x + (next_weight - weight), x)
                     weight = next_weight
             else:
                 for b in range(first + 1, last + 1):
@@ -163,33 +172,6 @@ def add_time_bias(
 def position_bias(i, j, table, max_positions):
     """position_weight[j - i + M - 1] of rows i and keys j inside the sequence."""
     return gather(table, j - i + (max_positions - 1))
-
-
-@triton.jit
-def add_position_bias(
-    x, i0, j0, limit, table, max_positions, FACTOR: tl.constexpr, CUT: tl.constexpr
-):  # fmt: skip
-    """x + FACTOR * position_weight[j - i + M - 1] of a tile of rows from i0 and keys from j0 on, rows first.
-
-    Where the tile lies inside, a thread's entries of a diagonal are one load, and addresses are constants apart: the
-    bits that the layout of a product's result gives to lanes and warps are summed apart from those that number a
-    thread's own entries.
-    """
-    ROWS: tl.constexpr = x.shape[0]
-    KEYS: tl.constexpr = x.shape[1]
-    r = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, KEYS)[None, :]
-    place = j0 - i0 + (max_positions - 1)
-    if CUT:
-        return x + gather(table, tl.minimum(j0 + c, limit - 1) - tl.minimum(i0 + r, limit - 1)
-                          + (max_positions - 1)) * FACTOR  # fmt: skip
-    else:
-        apart = ((c & 6) - (r & 55)) + ((c & -7) - (r & -56))
-        if place >= ROWS:
-            x += gather_at(table + place, apart) * FACTOR
-        else:
-            x += gather(table, tl.maximum(place + apart, 0)) * FACTOR
-        return x
 
 
 @triton.jit

@@ -99,7 +99,8 @@ def bias_kernel(
                 i = tl.minimum(i0 + (y if OF_KEYS else x), kv_len - 1)
                 j = tl.minimum(j0 + (x if OF_KEYS else y), kv_len - 1)
                 bias = add_time_bias(bias, i, j, kv_times + kv_start, row_times, kv_len, earliest, span_first,
-                                     span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip
+                                     span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR,
+                                     ALONE=True)  # fmt: skip
             if bias_tiles.dtype.element_ty == tl.float16:
                 bias = finite_half(bias)
             tl.store(tile + line * COLUMNS + e, bias)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from genrec.attention.triton.kernels.activation import kept, silu
-from genrec.attention.triton.kernels.bias import add_position_bias, add_time_bias, bucket_span, dense_bias, first_entry
+from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
 from genrec.attention.triton.kernels.stored import load_fragments, prefetch_tile, tile_number
@@ -22,8 +22,8 @@ def forward_kernel(
     bias_tiles, bias_per_row, heads, max_positions, alpha, scale, dropout, seed,
     QK_DIM: tl.constexpr, V_DIM: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask.
 
@@ -80,9 +80,7 @@ def forward_kernel(
             if bias_tiles is not None:
                 tile = bias_tiles + tile_number(q_start, b, block, n, bias_per_row, BIAS_WIDE, ROWS, KEYS) * (
                     ROWS * KEYS)  # fmt: skip
-                prefetch_tile(tile, ROWS * KEYS, False)  # while the products of scores run, without registers
-                if AHEAD:
-                    prefetch_tile(tile + ROWS * KEYS, ROWS * KEYS, True)
+                prefetch_tile(tile, ROWS * KEYS)  # while the products of scores run, without registers
             k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
                                CUT, False)  # fmt: skip
             x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
@@ -92,7 +90,7 @@ def forward_kernel(
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
                                   span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip
             if position is not None:
-                x = add_position_bias(x, row0 + shift, n * KEYS, kv_len, position, max_positions, FACTOR, CUT)
+                x += position_bias(i_inside, j_inside, position, max_positions) * FACTOR
             if dense is not None:
                 base = dense + b.to(tl.int64) * dense_batch + h.to(tl.int64) * dense_head
                 x += dense_bias(base, rows[:, None], j, dense_row, (rows < q_len)[:, None] & (j < kv_len)) * FACTOR

@@ -71,16 +71,12 @@ def load_fragments(tile, LINES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def prefetch_tile(tile, ELEMENTS: tl.constexpr, FAR: tl.constexpr):
-    """Asks for a tile of 16 bits, into the L1 cache or, FAR, the L2 cache."""
+def prefetch_tile(tile, ELEMENTS: tl.constexpr):
+    """Asks for a tile of 16 bits, into the L1 cache."""
     if not EMULATED:
         lines = tile + tl.arange(0, ELEMENTS // 64) * 64
-        if FAR:
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
-                                      dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
-        else:
-            tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
-                                      dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)],
+                                  dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @triton.jit
