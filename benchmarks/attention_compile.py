@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--config", help="rows,keys,warps,stages[,tma]; default: the heuristic's")
     p.add_argument("--all", action="store_true", help="every configuration of the tuner's list")
     p.add_argument(
-        "--passes", choices=["one", "tables", "rows", "split", "stored"], help="form of the backward pass, not the list's"
+        "--passes", choices=["one", "tables", "rows", "split", "stored"], help="form of the backward pass, for all"
     )
     p.add_argument("--stored", action="store_true", help="with --config: the forward kernel loads a stored bias")
     p.add_argument("--contexts", action="store_true")

@@ -89,7 +89,7 @@ def parts() -> list[Part]:
 
 
 def launcher(part: Part, call: launch.Call, d_out: Tensor) -> tuple[Callable[[], object], Callable[[], dict[str, Any]]]:
-    """A function that launches the kernel, what others have to make for it being there; and one for what comes of it."""
+    """A function that launches the kernel, what others make for it being there; and one for what comes of it."""
     config, of_keys = part.config, part.config.passes == "stored"
     if part.name in ("position alone", "no bias"):
         call = replace(call, time=None, timestamps=None, position=call.position if part.name[0] == "p" else None)
@@ -248,7 +248,7 @@ def main() -> int:
         far = [((x.double() - y.double()).abs().max() / y.double().abs().max()).item()
                for x, y in zip(results, found[0], strict=True)]  # fmt: skip
         wrong += not max(far) < BOUND
-        print(f"{name} and before at S = {options.lengths[0]}, largest difference of out, dq, dk, dv, d_position, d_time: "
+        print(f"{name} and before at S = {options.lengths[0]}, largest difference of out, dq, dk, dv and tables: "
               + ", ".join(f"{x:.1e}" for x in far))  # fmt: skip
     print(f"\n{wrong} wrong; {time.perf_counter() - begin:.0f} s in all; peak of memory "
           f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")  # fmt: skip

@@ -33,11 +33,13 @@ PROOF = [
     "causal-both:fp32:default", "years:fp32:default", "long_targets:bf16:default", "causal-both:fp32:tables",
     "ties:fp32:default", "causal-both:fp32:rows", "real128:bf16:default", "long_targets:fp32:default",
     "any_times:fp32:default", "cached_window:fp32:default", "dims16x48_h2:fp32:default",
-    "deterministic:long_targets:bf16", "deterministic:long128:bf16", "real64:bf16:default", "real256:bf16:default", "real256:fp16:default",
+    "deterministic:long_targets:bf16", "deterministic:long128:bf16", "real64:bf16:default", "real256:bf16:default",
+    "real256:fp16:default",
 ]  # fmt: skip
 MORE = [
-    "long_targets:bf16:tables", "real128:bf16:one", "real128:bf16:tables", "real64:bf16:stored", "causal-both:fp32:stored",
-    "poisoned:long128:bf16", "foreign8:long128:bf16", "real256:bf16:split", "causal-both:fp32:split",
+    "long_targets:bf16:tables", "real128:bf16:one", "real128:bf16:tables", "real64:bf16:stored",
+    "causal-both:fp32:stored", "poisoned:long128:bf16", "foreign8:long128:bf16",
+    "real256:bf16:split", "causal-both:fp32:split",
     "query_times:bf16:default", "targets-both:fp16:default",
     "contexts_targets_window-both:bf16:default", "long_full:bf16:default", "poisoned:long_targets:bf16",
     "foreign8:long_full:bf16", "causal-dense:bf16:default", "dims25x25_h2:bf16:default", "dropout:250:fp32",

@@ -27,8 +27,8 @@ class Config:
     passes: Passes = "one"
     """How a backward pass is divided, for the kernel "backward" alone: see `launch_backward`."""
     stored: bool = False
-    """Whether the kernel "forward" loads a relative bias that another has computed for all heads; "backward" does in the
-    form "stored"."""
+    """Whether the kernel "forward" loads a relative bias that another has computed for all heads, as "backward" does in
+    the form "stored"."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 `GENREC_ATTENTION_BIAS_GIB` (1) limits what the tiles of the relative bias take, `GENREC_ATTENTION_STORED_GIB` (4) the
 gradients of the scores of all heads. A batch that needs more has the forms of the kernels that store nothing. What one
-needs is known from the number of tokens and the greatest length, without asking the device: for causal self-attention at
-most half a square of the greatest length for each row; more where lengths differ than is used in the end.
+needs is known from the number of tokens and the greatest length, without asking the device: for each row all keys that
+the longest sequence has, or half of them with a causal mask. Where lengths differ, that is more than is used.
 """
 
 from __future__ import annotations

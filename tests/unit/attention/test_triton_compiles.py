@@ -82,7 +82,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_stored_bias_is_read_in_the_layout_that_it_is_stored_in(tmp_path: Path) -> None:
-    """`load_fragments` would read nonsense in any other: warps one below the other, instructions as wide as the tile."""
+    """`load_fragments` would read nonsense in any other: warps stacked, instructions as wide as the tile."""
     found = json.loads(run(STORED, tmp_path))
     assert len(found) == 4
     for config, (warps, loads) in found.items():

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from genrec.attention.triton.kernels.activation import kept, silu, silu_and_slope, silu_slope
+from genrec.attention.triton.kernels.backward_stored import CELL, cell_line
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.bias_gradient import add_position_gradient, add_time_gradient
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, query_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
-from genrec.attention.triton.kernels.backward_stored import CELL, cell_line
 from genrec.attention.triton.kernels.stored import load_fragments, tile_number
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 

@@ -1,7 +1,7 @@
 """What the backward pass makes of stored gradients of the scores: dq, and the gradients of the bias's tables.
 
-The kernel over keys (`backward_kernel`) has stored them in cells of 128 keys x 128 rows, rows side by side; hidden pairs
-of a cell that it visits are zeros there, what it doesn't visit is not written.
+The kernel over keys (`backward_kernel`) has stored them in cells of 128 keys x 128 rows, rows side by side; hidden
+pairs of a cell that it visits are zeros there, what it doesn't visit is not written.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def stored_tables_kernel(
                 add_time_gradient(of_heads, tl.minimum(i, kv_len - 1), tl.minimum(j, kv_len - 1), kv_times + kv_start,
                                   row_times, kv_len, earliest, span_first, span_last, near, d_time + copy * BUCKETS,
                                   edges, near_edges, BUCKETS, DETERMINISTIC)  # fmt: skip
-        if d_position is not None:
+        if d_position is not None:  # noqa: SIM102  the one is known to the compiler, the other isn't
             if part < steps:
                 entries = 2 * max_positions - 1
                 offset = (key_first - row_first) * BLOCK - shift + max_positions - 1

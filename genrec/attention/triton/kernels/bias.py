@@ -134,8 +134,8 @@ def add_time_bias(
 ):  # fmt: skip
     """x + FACTOR * time_weight[bucket(t'_i - t_j)] of a tile.
 
-    ALONE, in a kernel that does nothing else, comparisons are what counts; beside products of matrices, the registers
-    of distances known once. Loops over buckets keep the code short; the tiles that look their buckets up are the few near the diagonal.
+    Loops over buckets keep the code short; the tiles that look their buckets up are the few near the diagonal. ALONE is
+    for a kernel that does nothing else, where instructions count; beside products of matrices registers do.
     """
     if near & (last - first > FEW):
         rows, keys = load_times(i, j, key_times, row_times, kv_len)

@@ -30,7 +30,7 @@ def gather(table, index):
 
 @triton.jit
 def gather_at(table, index):
-    """`gather` of fp32 where `table` points into the table and all indices are few: its addresses are constants apart."""
+    """`gather` of fp32 from a pointer into the table, for indices that are sums: addresses are then constants apart."""
     if EMULATED:
         return tl.load(table + index)
     else:

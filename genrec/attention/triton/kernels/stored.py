@@ -58,7 +58,8 @@ def load_fragments(tile, LINES: tl.constexpr, COLUMNS: tl.constexpr):
         return tl.inline_asm_elementwise(
             "{ .reg .b64 a; mad.wide.s32 a, $48, 2, $16;"
             "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [a]; ld.global.nc.v4.b32 {$4, $5, $6, $7}, [a + 512];"
-            "ld.global.nc.v4.b32 {$8, $9, $10, $11}, [a + 1024]; ld.global.nc.v4.b32 {$12, $13, $14, $15}, [a + 1536]; }",
+            "ld.global.nc.v4.b32 {$8, $9, $10, $11}, [a + 1024];"
+            "ld.global.nc.v4.b32 {$12, $13, $14, $15}, [a + 1536]; }",
             "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,"
             "l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,l,"
             "r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [tile.to(tl.int64), offsets],
