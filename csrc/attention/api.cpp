@@ -61,6 +61,12 @@ bool serves(const BackwardInstance& one, const genrec_attention_problem& p) {
   return one.lengths == SequenceLengths::kAll || (one.lengths == SequenceLengths::kLong) == (p.key_rows >= kLongMean * p.sequences);
 }
 
+// Whether the forward pass puts the relative bias into memory first. Measured: that wins for sequences of up to some 2,000
+// keys, whose times are looked up for the most part; longer ones' are told by few edges beside the products.
+bool stores_bias(const ForwardInstance& one, const genrec_attention_problem& p) {
+  return one.blocks.bias_stored && p.key_rows < kLongMean * p.sequences;
+}
+
 // The smallest instance that holds the dims. The general mask covers the causal one.
 template <class Instance, size_t kCount>
 const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p, Bias bias) {
@@ -109,6 +115,8 @@ int32_t check_bias(const genrec_attention_bias& bias) {
   return 0;
 }
 
+int64_t most_stored();
+
 // Pointers of tensors aren't looked at: of the bias only what is given.
 int32_t check_problem(const genrec_attention_problem* p, bool backward) {
   if (p == nullptr) return fail("no problem given");
@@ -124,6 +132,9 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
       return fail("rows must be fewer than 2^31, got " + std::to_string(rows));
   }
   if (check_bias(p->bias) != 0) return -1;
+  if (most_stored() < 0)
+    return fail(std::string("GENREC_ATTENTION_STORED_GIB must be a number of GiB, got '") +
+                std::getenv("GENREC_ATTENTION_STORED_GIB") + "'");
   const Bias bias = bias_kind(*p);
   // A plan lists the tiles of the kernels without a bias, whatever else it lists.
   if (find(kForward, *p, Bias::kNone) == nullptr || find(kBackward, *p, Bias::kNone) == nullptr ||
@@ -138,19 +149,23 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 MaskRule mask_rule(const genrec_attention_problem& p) { return {p.target_group, p.window, p.causal}; }
 
 // The most memory that dS may take, bytes: GENREC_ATTENTION_STORED_GIB, else 4 GiB. Read once: plans depend on it.
+// -1: what stands there is no such number.
 int64_t most_stored() {
-  static const int64_t most = [] {
+  static const int64_t most = []() -> int64_t {
     const char* text = std::getenv("GENREC_ATTENTION_STORED_GIB");
-    const double gib = text == nullptr ? 4 : std::atof(text);
-    return gib > 0 ? static_cast<int64_t>(gib * (int64_t{1} << 30)) : 0;
+    if (text == nullptr) return int64_t{4} << 30;
+    char* end = nullptr;
+    const double gib = std::strtod(text, &end);
+    constexpr double kMost = 1 << 20;
+    return end == text || *end != 0 || !(gib >= 0) || gib > kMost ? -1 : static_cast<int64_t>(gib * (int64_t{1} << 30));
   }();
   return most;
 }
 
 // Cells of dS for each head that are given room. Lengths are not known here: one and a half times what equal ones would
 // take, so that sequences may differ. Those that find no room then have dS computed twice.
-int64_t stored_cells(const genrec_attention_problem& p, const BackwardInstance& one) {
-  if (one.blocks.stored_rows == 0 || p.sequences == 0) return 0;
+int64_t stored_cells(const genrec_attention_problem& p) {
+  if (p.sequences == 0) return 0;
   const auto mean = [&](int64_t rows) { return static_cast<int>((rows + p.sequences - 1) / p.sequences); };
   const int queries = mean(p.query_rows), keys = larger(queries, mean(p.key_rows));
   const int contexts = p.contexts == nullptr ? 0 : keys - queries + 1;  // some, in the first cells
@@ -160,11 +175,24 @@ int64_t stored_cells(const genrec_attention_problem& p, const BackwardInstance& 
   return wanted < most ? wanted : most;
 }
 
+// Rows of the tiles of stored dS, or of a stored bias; 0 where no kernel stores any. All store the same cells.
+int stored_rows_of(const genrec_attention_problem& p) {
+  int rows = 0;
+  for (Bias bias : {Bias::kNone, Bias::kRelative}) {
+    const BackwardInstance* one = find(kBackward, p, bias);
+    if (one != nullptr) rows = larger(rows, one->blocks.stored_rows);
+    const ForwardInstance* forward = find(kForward, p, bias);
+    if (forward != nullptr && stores_bias(*forward, p)) rows = kCellQueries;
+  }
+  return rows;
+}
+
 PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0,
-                   backward.blocks.stored_rows}, {}, p.sequences, stored_cells(p, backward)};
+  const int stored_rows = stored_rows_of(p);
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows},
+                  {}, p.sequences, stored_rows > 0 ? stored_cells(p) : 0};
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
@@ -251,7 +279,7 @@ Common common(const genrec_attention_problem& p, int* counter) {
 }
 
 BiasParams bias_params(const genrec_attention_bias& b) {
-  return {{b.position, b.time, b.edges, b.key_times, b.query_times, b.max_positions, b.buckets, nullptr, nullptr},
+  return {{b.position, b.time, b.edges, b.key_times, b.query_times, b.max_positions, b.buckets, nullptr, nullptr, {}},
           {b.dense, b.dense_batch_stride, b.dense_head_stride, b.dense_row_stride, b.d_dense, b.d_dense_batch_stride,
            b.d_dense_head_stride, b.d_dense_row_stride}};
 }
@@ -269,40 +297,61 @@ int blocks_for(int64_t tiles, int heads, int most) {
   return static_cast<int>(units < most ? units : most);
 }
 
-// The backward pass's memory: counters, the order of sums, the sums of dQ and of the tables, a part of zeros, dS.
-struct BackwardMemory {
-  int64_t turns_at, sum_at, position_at, time_at, zeros_at, stored_at, bytes;
-  int position_entries, time_entries, copies;
+// Blocks of the backward pass's launches: over tiles of keys, and over those of stored dS.
+struct BackwardLaunches {
+  int keys, stored;
+};
 
-  // `blocks`: of the kernel's launch.
-  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, int blocks) {
+// Without tables to sum the memory doesn't depend on them.
+int32_t backward_launches(const genrec_attention_problem& p, const PlanShape& shape, BackwardLaunches* blocks) {
+  int most = 0;
+  if (multiprocessors(&most) != 0) return -1;
+  *blocks = {blocks_for(shape.capacity[find_backward(p).keys], p.heads, most),
+             blocks_for(shape.capacity[kStoredQueries], p.heads, most)};
+  return 0;
+}
+
+// Of a stored bias, for all heads.
+int64_t bias_bytes(const PlanShape& shape) { return shape.cells * kCellElements * 2; }
+
+// The forward pass's memory: counters, the bias.
+struct ForwardMemory {
+  int64_t zeroed = 64, bias_at = 128, bytes;
+
+  ForwardMemory(const ForwardInstance& one, const genrec_attention_problem& p, const PlanShape& shape)
+      : bytes(stores_bias(one, p) ? bias_at + bias_bytes(shape) : zeroed) {}
+};
+
+// The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ;
+// dS; the relative bias, where dS is stored with one. All before the sums of dQ is zeroed, and these, too, but where
+// few sequences or none have any: kernels see to those then.
+struct BackwardMemory {
+  int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
+  int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
+
+  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic,
+                 const BackwardLaunches& blocks) {
     const Backward one = find_backward(p);
-    const int64_t tiles = one.kernel.blocks.gathers() ? shape.capacity[one.queries] * p.heads : 0;
+    const bool stores = one.kernel.blocks.stored_rows > 0, gathers = one.kernel.blocks.gathers();
+    const int64_t tiles = gathers ? shape.capacity[one.queries] * p.heads : 0;
     turns_at = 128;
-    sum_at = turns_at + (deterministic ? aligned(tiles * 2 * 4) : 0);
-    position_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
-    copies = blocks * one.kernel.blocks.tables;
+    position_at = turns_at + (deterministic ? aligned(tiles * 2 * 4) : 0);
+    stored_copies = blocks.stored * one.kernel.blocks.stored_tables;
+    copies = stored_copies + blocks.keys * one.kernel.blocks.tables;
     position_entries = p.bias.d_position == nullptr || p.bias.position == nullptr ? 0 : 2 * p.bias.max_positions - 1;
     time_entries = p.bias.d_time == nullptr || p.bias.time == nullptr ? 0 : p.bias.buckets;
     time_at = position_at + aligned(int64_t{copies} * position_entries * 4);
     zeros_at = time_at + aligned(int64_t{copies} * time_entries * 4);
-    const bool stores = one.kernel.blocks.stored_rows > 0;
-    stored_at = zeros_at + (stores ? kLargestPart * 2 : 0);
-    bytes = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
+    sum_at = zeros_at + (stores ? kLargestPart * 2 : 0);
+    stored_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
+    zeroed = stores ? sum_at : stored_at;
+    bias_at = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
+    bytes = bias_at + (stores && bias_kind(p) == Bias::kRelative ? bias_bytes(shape) : 0);
   }
-
-  int64_t zeroed() const { return stored_at; }
 
  private:
   static int64_t aligned(int64_t size) { return (size + 127) / 128 * 128; }
 };
-
-// Blocks of the backward kernel's launch; -1 on errors.
-int backward_blocks(const genrec_attention_problem& p, const PlanShape& shape) {
-  int most = 0;
-  if (multiprocessors(&most) != 0) return -1;
-  return blocks_for(shape.capacity[find_backward(p).keys], p.heads, most);
-}
 
 std::string list_instances() {
   std::string lines;
@@ -353,11 +402,11 @@ int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void
 int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
                                          int32_t deterministic) {
   if (check_problem(problem, backward != 0) != 0) return -1;
-  if (!backward) return 64;
   const PlanShape shape = plan_shape(*problem);
-  // Without tables it doesn't depend on the device.
-  const int blocks = bias_kind(*problem) == Bias::kRelative ? backward_blocks(*problem, shape) : 0;
-  return blocks < 0 ? -1 : BackwardMemory(*problem, shape, deterministic != 0, blocks).bytes;
+  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), *problem, shape).bytes;
+  BackwardLaunches blocks{0, 0};
+  if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
+  return BackwardMemory(*problem, shape, deterministic != 0, blocks).bytes;
 }
 
 int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
@@ -376,13 +425,26 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaMemsetAsync(workspace, 0, 64, on);
+  const ForwardMemory memory(one, p, shape);
+  int* counters = static_cast<int*>(workspace);
+  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
-  params.common = common(p, static_cast<int*>(workspace));
   params.list = shape.list(plan, kForwardQueries);
   params.out = output(out, p.v_dim);
-  error = one.launch(params, bias_params(p.bias), blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
-  return error == cudaSuccess ? 0 : fail("forward_kernel", error);
+  BiasParams bias = bias_params(p.bias);
+  const bool stored = stores_bias(one, p);
+  if (stored) {
+    char* data = static_cast<char*>(workspace) + memory.bias_at;
+    bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
+    if (error != cudaSuccess) return fail("fill_bias_kernel", error);
+  }
+  for (int pass = one.blocks.bias_stored && !stored; pass < 1 + one.blocks.bias_stored; ++pass) {
+    params.common = common(p, counters + pass);
+    error = one.launch(params, bias, pass, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
+    if (error != cudaSuccess) return fail("forward_kernel", error);
+  }
+  return 0;
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,
@@ -411,13 +473,13 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, key_box) != 0 ||
       multiprocessors(&most) != 0)
     return -1;
-  const int blocks = blocks_for(shape.capacity[key_list], p.heads, most);
+  BackwardLaunches blocks{};
+  if (backward_launches(p, shape, &blocks) != 0) return -1;
   const auto on = static_cast<cudaStream_t>(stream);
   const BackwardMemory memory(p, shape, deterministic != 0, blocks);
   char* base = static_cast<char*>(workspace);
-  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed()), on);
+  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
-  params.list = shape.list(plan, key_list);
   params.dk = output(dk, p.qk_dim);
   params.dv = output(dv, p.v_dim);
   params.dq = output(dq, p.qk_dim);
@@ -430,20 +492,28 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
                            p.bias.d_position};
   const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,
                        p.bias.d_time};
-  if (position.entries > 0) bias.relative.position_sums = const_cast<float*>(position.copies);
-  if (time.entries > 0) bias.relative.time_sums = const_cast<float*>(time.copies);
+  if (one.blocks.stored_rows > 0 && one.bias == Bias::kRelative) {
+    bias.relative.store = {base + memory.bias_at, params.store.first, params.store.left};
+    int* counter = reinterpret_cast<int*>(base) + one.blocks.passes;
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, false, most, on);
+    if (error != cudaSuccess) return fail("fill_bias_kernel", error);
+  }
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
-    int used = blocks;
-    if (pass == 1 && one.blocks.stored_rows > 0) {
-      params.list = shape.list(plan, kStoredQueries);
-      used = blocks_for(shape.capacity[kStoredQueries], p.heads, most);
-    }
-    if (!gathers && pass == one.blocks.passes - 1) {
+    const bool of_stored = pass == 1 && one.blocks.stored_rows > 0;
+    const bool of_queries = !gathers && pass == one.blocks.passes - 1;
+    params.list = shape.list(plan, of_stored ? kStoredQueries : of_queries ? query_list : key_list);
+    int used = of_stored ? blocks.stored : blocks.keys;
+    if (of_queries) {
       if (one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0) return -1;
-      params.list = shape.list(plan, query_list);
       used = blocks_for(shape.capacity[query_list], p.heads, most);
     }
+    const auto sums_of = [&](const SumParams& table) {
+      const int64_t before = of_stored ? 0 : memory.stored_copies;
+      return table.entries == 0 ? nullptr : const_cast<float*>(table.copies) + before * table.entries;
+    };
+    bias.relative.position_sums = sums_of(position);
+    bias.relative.time_sums = sums_of(time);
     error = one.launch(params, bias, pass, used, on);
     if (error != cudaSuccess) return fail("backward_kernel", error);
   }
@@ -453,8 +523,8 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
     if (error != cudaSuccess) return fail("sum_tables_kernel", error);
   }
   if (!gathers) return 0;
-  const ConvertParams convert{common(p, nullptr), shape.list(plan, query_list), params.dq_sum,
-                              output(dq, p.qk_dim)};
+  const ConvertParams convert{common(p, nullptr), shape.list(plan, query_list), params.dq_sum, output(dq, p.qk_dim),
+                              params.store};
   error = one.convert(convert, blocks_for(shape.capacity[query_list], p.heads, 16 * most), on);
   return error == cudaSuccess ? 0 : fail("convert_dq_kernel", error);
 }

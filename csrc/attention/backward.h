@@ -29,10 +29,13 @@ struct BackwardShape {
   static constexpr Bias kBias = kBias_;
   static_assert(kBias != Bias::kNone, "backward_plain.h has the kernels without a bias");
   static constexpr bool kRelative = kBias == Bias::kRelative;
+  // With a relative bias at D = 128 it serves sequences that have no place in the store of dS (backward_biased_keys.h).
+  static constexpr bool kLeftOver = kRelative && D == 128;
   static constexpr bool kGivesValues = kPart != Part::kKeysAndQueries, kGivesKeys = kPart != Part::kValues;
   static constexpr int kConsumers = 2;
   static constexpr int kKeys = 128;
   static constexpr int kQueries = D <= 32 ? 128 : 64;
+  static constexpr int kKeyBox = kLeftOver ? kBoxRows : kKeys;
   static constexpr int kQueryStages = D == 256 && kGivesKeys ? 1 : 2;
   static constexpr int kScoreBuffers = !kGivesKeys ? 0 : D == 256 ? 1 : 2;
   // dQ of a tile of queries: 64 rows go to both warpgroups by halves of the columns, 128 by halves of the rows.
@@ -66,6 +69,10 @@ struct BackwardShape {
   // How diagonals are summed. Measured, as a whole with other changes: additions win from D = 128 on and lose at 64.
   static constexpr bool kSumsByProducts = D <= 64;
   using Teams = GradientTeams<kGradientWarps, kSplitTables>;
+  static constexpr int kTableCopies = Teams::kCopies;
+  using Block = SwizzledBlock;
+  using BlockTile = BiasTile;
+  using BlockMemory = genrec::attention::BlockMemory;
   using Gradient = cute::conditional_t<
       kSumsTables, GradientMemory<larger(Teams::kCopies, 1), Teams::kBlocks, larger(kScoreBuffers, 1)>, NoBiasMemory>;
 
@@ -112,20 +119,26 @@ struct BackwardShape {
 // Every unit comes off the counter; but sums of tables that repeat bit by bit need the same units in the same block, too:
 // each takes every gridDim-th.
 template <class Shape>
-__device__ inline int next_unit(const typename Shape::Params& p, int unit) {
-  if constexpr (Shape::kRelative) {
-    if (p.turns != nullptr) return unit + static_cast<int>(gridDim.x);
-  }
-  return add_atomically(p.common.counter, 1);
-}
+struct UnitsOfWork {
+  const typename Shape::Params& p;
+  const int units;
 
-template <class Shape>
-__device__ inline int first_unit(const typename Shape::Params& p) {
-  if constexpr (Shape::kRelative) {
-    if (p.turns != nullptr) return static_cast<int>(blockIdx.x);
+  __device__ int first() const { return from(dealt() ? static_cast<int>(blockIdx.x) : add_atomically(p.common.counter, 1)); }
+  __device__ int after(int unit) const { return from(another(unit)); }
+
+ private:
+  __device__ bool dealt() const { return Shape::kRelative && p.turns != nullptr; }
+  __device__ int another(int unit) const {
+    return dealt() ? unit + static_cast<int>(gridDim.x) : add_atomically(p.common.counter, 1);
   }
-  return add_atomically(p.common.counter, 1);
-}
+  __device__ int from(int unit) const {
+    if constexpr (Shape::kLeftOver) {
+      while (unit < units && is_stored(p.store, p.list.tiles[work_unit(unit, p.common.heads).tile].sequence))
+        unit = another(unit);
+    }
+    return unit;
+  }
+};
 
 template <class Shape>
 __device__ inline void backward_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
@@ -135,8 +148,9 @@ __device__ inline void backward_produce(const typename Shape::Params& p, typenam
   Place<1> keys(1);
   Place<Shape::kQueryStages> q(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
+  const UnitsOfWork<Shape> unit_list{p, units};
   // With ordered sums a block may wait for units taken before its own, never after.
-  for (int w = first_unit<Shape>(p);; work.next(), keys.next()) {
+  for (int w = unit_list.first();; work.next(), keys.next()) {
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -145,7 +159,7 @@ __device__ inline void backward_produce(const typename Shape::Params& p, typenam
     }
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
-    w = next_unit<Shape>(p, w);
+    w = unit_list.after(w);
     shared.work[work.stage] = {tile, unit.head};
     shared.work_ring.full[work.stage].arrive();
 
@@ -153,7 +167,7 @@ __device__ inline void backward_produce(const typename Shape::Params& p, typenam
     constexpr uint32_t kQueryBytes = kTileBytes<Element, Shape::kQueries, D>;
     shared.k_ring.empty[0].wait(keys.parity);
     shared.k_ring.full[0].arrive_and_expect_tx(kKeyBytes);
-    load_tile<Element, Shape::kKeys, D>(p.k, shared.k_ring.full[0], shared.k, tile.key_start + tile.first, unit.head);
+    load_tile<Element, Shape::kKeys, D, Shape::kKeyBox>(p.k, shared.k_ring.full[0], shared.k, tile.key_start + tile.first, unit.head);
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     const TileRanges ranges =
         mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries);
@@ -167,7 +181,7 @@ __device__ inline void backward_produce(const typename Shape::Params& p, typenam
       if (Shape::kGivesKeys && i == 0) {  // after the first Q: S needs K and Q only
         shared.v_ring.empty[0].wait(keys.parity);
         shared.v_ring.full[0].arrive_and_expect_tx(kKeyBytes);
-        load_tile<Element, Shape::kKeys, D>(p.v, shared.v_ring.full[0], shared.v, tile.key_start + tile.first,
+        load_tile<Element, Shape::kKeys, D, Shape::kKeyBox>(p.v, shared.v_ring.full[0], shared.v, tile.key_start + tile.first,
                                             unit.head);
       }
       shared.d_out_ring.empty[q.stage].wait(q.parity);
@@ -186,6 +200,7 @@ __device__ inline void backward_produce(const typename Shape::Params& p, typenam
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ typename Shape::Params p) {
+  if (Shape::kLeftOver && p.store.left != nullptr && *p.store.left == 0) return;
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {

@@ -27,7 +27,12 @@ __device__ inline cutlass::Array<float, 2> unpack(uint32_t word) {
 struct StepRecord {
   int64_t place;  // where dQ is gathered: of the query tile among those of dQ, times heads, plus head; else of dS's part
   int row;        // the tile's first row, counted in the key sequence
-  int masked, rank;  // rank: key tiles that add to dQ before this one, where the order is fixed
+  int masked;
+  union {
+    int rank;   // key tiles that add to dQ before this one, where the order is fixed
+    int cells;  // of dS, from that of `place` on, which its row still has
+  };
+  int bias;  // where its part lies, of the bias that all heads share
 };
 
 // Where the record of the step lies whose Q is at a place. There are twice as many as stages, since dQ of a step may be
@@ -77,16 +82,29 @@ __device__ inline int64_t step_place(const CellPlaces& places, int m, int first_
   return places.part<typename Shape::Parts>(m, first_key / kCellKeys);
 }
 
+template <class Shape>
+__device__ inline int step_cells(const CellPlaces& places, int m, int first_key) {
+  return places.sequence.width(m / Shape::Parts::kCount) - first_key / kCellKeys;
+}
+
+// Parts between a head's and those of a store with one head.
+template <class Shape>
+__device__ inline int64_t parts_of_heads(const BackwardParams& p, const CellPlaces& places, const TileRecord& tile) {
+  return (places.first - p.store.first[tile.sequence]) * Shape::Parts::kCount;
+}
+
 template <class Shape, class Mask, class Places>
 __device__ inline StepRecord step_record(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
-                                         const ColumnBand& band, const Places& places, int m) {
+                                         const ColumnBand& band, const Places& places, int64_t heads_before, int m) {
   constexpr int kQueries = Shape::kQueries;
   StepRecord step;
   step.place = step_place<Shape>(places, m, tile.first);
   step.row = m * kQueries + tile.keys - tile.queries;
   step.masked = !band.all_seen(step.row, step.row + kQueries);
-  step.rank = 0;
-  if (p.turns != nullptr) {
+  if constexpr (Shape::kStores) step.cells = step_cells<Shape>(places, m, tile.first);
+  if constexpr (Shape::kReadsBias) step.bias = static_cast<int>(step.place - heads_before);
+  if constexpr (Shape::kGathers) step.rank = 0;
+  if (Shape::kGathers && p.turns != nullptr) {
     const int end = smaller(step.row + kQueries, tile.keys);
     step.rank = mask.key_tiles(step.row, end, Shape::kKeys).rank(tile.first / Shape::kKeys);
   }
@@ -127,7 +145,7 @@ template <class Shape, bool kMasked, class Scores, class Weights, class Slopes>
 __device__ inline void weigh_pairs(const Scores& scores, Weights& weights, Slopes& derivatives, float half_alpha,
                                    const ColumnSight& low, const ColumnSight& high) {
   CUTE_UNROLL
-  for (int e = 0; e < cute::size(scores); e += 2) {
+  for (int e = 0; e < scores.size(); e += 2) {
     SiluAndDerivative pair[2];
     CUTE_UNROLL
     for (int j = 0; j < 2; ++j) {
@@ -168,6 +186,17 @@ __device__ inline void differentiate(const Slopes& derivatives, const Scores& d_
     const cutlass::Array<float, 2> pair = derivatives.get(e);
     words[e / 2] = pack<Element>(d_weights(e) * pair[0], d_weights(e + 1) * pair[1]);
   }
+}
+
+// A warpgroup's dS^T, 64 keys, into its part of a cell: blocks of 8 keys x 8 queries, queries contiguous, each a warp's
+// store of 128 bytes.
+template <class Parts, class Operand>
+__device__ inline void keep_ds(const Operand& ds, const DsStore& store, int64_t place, Lane lane) {
+  if (place < 0) return;
+  uint32_t* to = static_cast<uint32_t*>(store.data) + place * (Parts::kElements / 2) + lane.warp * 64 + lane.lane;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&ds(0));
+  CUTE_UNROLL
+  for (int i = 0; i < Parts::kRows / 4; ++i) store_once(to + i / 2 * (kCellKeys * 4) + i % 2 * 32, words[i]);
 }
 
 // A block of three warpgroups starts with 168 registers a thread; setmaxnreg only moves them between warpgroups, and
@@ -212,6 +241,9 @@ struct PipelinedShape {
   using Element = Element_;
   static constexpr bool kGathers = kGathers_;  // dQ (backward_gather.h); else that is another kernel's work
   static constexpr bool kStores = false;       // dS for that kernel (ds_store.h)
+  static constexpr bool kStoredOnly = false;   // of sequences that have no place there nothing is computed
+  static constexpr bool kReadsBias = false;    // of memory (BiasStore)
+  using Params = BackwardParams;
   static constexpr int kQueryBox = kGathers ? (D_ <= 64 ? 128 : 64) : kBoxRows, kKeyBox = kGathers ? 128 : kBoxRows;
   static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
   static constexpr bool kCausal = kCausal_, kPacked = D == 64;
@@ -263,6 +295,7 @@ __device__ inline void load_key_tiles(const BackwardParams& p, typename Shape::S
   Place<Shape::kValueStages> values(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
   for (int w = add_atomically(p.common.counter, 1);; work.next(), keys.next(), values.next()) {
+    if constexpr (Shape::kStoredOnly) w = pick_unit<true>(p, w, units);
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -312,6 +345,8 @@ __device__ inline void load_query_tiles(const BackwardParams& p, typename Shape:
     const int count = ranges.count();
     const ColumnBand band = mask.columns(tile.first, tile.first + kKeys);
     const auto places = step_places<Shape>(p, tile, mask, head);
+    int64_t heads_before = 0;
+    if constexpr (Shape::kReadsBias && kWritesRecords) heads_before = parts_of_heads<Shape>(p, places, tile);
     const auto load = [&](const CUtensorMap& map, auto& ring, auto& buffers, int m) {
       ring.full[q.stage].arrive_and_expect_tx(kTileBytes<Element, kQueries, D>);
       load_tile<Element, kQueries, D, Shape::kQueryBox>(map, ring.full[q.stage], buffers[q.stage],
@@ -326,7 +361,7 @@ __device__ inline void load_query_tiles(const BackwardParams& p, typename Shape:
       }
       if constexpr (kWritesRecords) {
         if (loads) {
-          shared.steps[record_place(q, true)] = step_record<Shape>(p, tile, mask, band, places, m);
+          shared.steps[record_place(q, true)] = step_record<Shape>(p, tile, mask, band, places, heads_before, m);
           shared.q_ring.full[q.stage].arrive();
         }
       }
@@ -359,7 +394,7 @@ struct PipelinedLoop {
   using Shared = typename Shape::Shared;
   static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
 
-  const BackwardParams& p;
+  const typename Shape::Params& p;
   Shared& shared;
   const int warpgroup;
   const Lane lane;
@@ -369,7 +404,7 @@ struct PipelinedLoop {
   Place<Shape::kValueStages> values{0};
   Place<Shape::kQueryStages> q{0};
 
-  __device__ PipelinedLoop(const BackwardParams& params, Shared& memory, int group)
+  __device__ PipelinedLoop(const typename Shape::Params& params, Shared& memory, int group)
       : p(params), shared(memory), warpgroup(group) {}
 
   __device__ void run() {
@@ -451,7 +486,7 @@ struct PipelinedLoop {
 
 template <class Shape, class Consumer>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    pipelined_backward_kernel(const __grid_constant__ BackwardParams p) {
+    pipelined_backward_kernel(const __grid_constant__ typename Shape::Params p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {

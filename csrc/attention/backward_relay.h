@@ -21,7 +21,8 @@ template <class Element_, bool kCausal_>
 struct RelayShape {
   using Element = Element_;
   static constexpr int D = 256, kQueries = 48, kKeys = 64;
-  static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true;
+  using Params = BackwardParams;
+  static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true, kStoredOnly = false, kReadsBias = false;
   static constexpr int kQueryBox = kQueries, kKeyBox = kBoxRows;
   static constexpr int kConsumers = 2, kKeyReaders = 1, kSlopeStages = 2;
   static constexpr int kQueryStages = 3, kKeyStages = 1, kValueStages = 1;
@@ -178,7 +179,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       }
       if constexpr (kBefore) finish_keys();
       convert<Element>(d_weights, ds);  // now: sooner the last products would still read them
-      keep(ds, place);
+      keep_ds<typename Shape::Parts>(ds, p.store, place, lane);
     };
     shared.v_ring.full[values.stage].wait(values.parity);
     if (count > 0) {
@@ -192,16 +193,6 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       release(shared.v_ring.empty[values.stage]);
     }
     this->store(dk, 2.f * p.common.half_alpha, p.dk);
-  }
-
-  // dS into its part of a cell: blocks of 8 keys x 8 queries, queries contiguous, each a warp's store of 128 bytes.
-  template <class Operand>
-  __device__ void keep(const Operand& ds, int64_t place) const {
-    if (place < 0) return;
-    uint32_t* to = static_cast<uint32_t*>(p.store.data) + place * (Shape::Parts::kElements / 2) + lane.warp * 64 + lane.lane;
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(&ds(0));
-    CUTE_UNROLL
-    for (int i = 0; i < kQueries / 4; ++i) store_once(to + i / 2 * (kKeys * 4) + i % 2 * 32, words[i]);
   }
 
   __device__ void give_slopes(const Slopes& slopes) {

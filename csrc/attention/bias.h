@@ -8,10 +8,11 @@ namespace genrec::attention {
 
 // What a thread reads of a tile for kSize scores: columns -8, 0, 8 ... of the window and their neighbours of its first row,
 // which are columns 0, 8, 16 ... of the second, 8 further down; kinds of parts. `read` may come before the scores are
-// there: with kAhead the values are held in registers from then on.
+// there: with kAhead the values are held in registers from then on, the weights of parts added to them.
 template <int kSize, bool kAhead>
 struct BiasValues {
-  static constexpr int kCount = kSize / 4 + 1;
+  static constexpr bool kHasWeights = kAhead;
+  static constexpr int kBlocks = kSize / 4, kParts = kSize / 16;  // of 8 columns, and of 32
   uint32_t kinds;
 
   template <class Tile>
@@ -20,19 +21,38 @@ struct BiasValues {
     kinds = largest_of_warp(*reinterpret_cast<const uint32_t*>(tile.kinds[row / 16]));
     const int x = column - row + Tile::kRows - 1, odd = x & 1;
     window_ = tile.window[odd] + (x - odd) - 8;
-    if (!kAhead) return;
-    CUTE_UNROLL
-    for (int n = 0; n < kCount; ++n) held_[n] = load(n);
+    if constexpr (kAhead) {
+      CUTE_UNROLL
+      for (int n = 0; n < kBlocks; ++n) first_[n] = load(n + 1);
+      second_[0] = load(0);
+      CUTE_UNROLL
+      for (int p = 1; p < kParts; ++p) second_[p] = first_[4 * p - 1];
+      if (kinds == kInWindow) return;
+      CUTE_UNROLL
+      for (int p = 0; p < kParts; ++p) {
+        const float weight = tile.parts[row / 16][p].weight;
+        second_[p].x += weight, second_[p].y += weight;
+        CUTE_UNROLL
+        for (int n = 4 * p; n < 4 * p + 4; ++n) first_[n].x += weight, first_[n].y += weight;
+      }
+    }
+  }
+
+  // Whether `add` adds all of the bias: no part has edges or is looked up.
+  __device__ bool complete() const {
+    static_assert(kInWindow == 0 && kEdges == 1, "the lowest bit tells apart what needs no more");
+    return kHasWeights ? (kinds & ~0x01010101u) == 0 : kinds == 0;
   }
 
   // h = half_alpha s + window.
   template <class Scores>
   __device__ void add(Scores& scores, float half_alpha) const {
-    float2 before = value(0);
+    float2 before = kAhead ? second_[0] : load(0);
     CUTE_UNROLL
     for (int e = 0; e < kSize; e += 4) {
-      if (e % 16 == 0) keep_order();
-      const float2 now = value(e / 4 + 1);
+      if (!kAhead && e % 16 == 0) keep_order();
+      if (kAhead && e % 16 == 0) before = second_[e / 16];
+      const float2 now = kAhead ? first_[e / 4] : load(e / 4 + 1);
       scores(e) = fmaf(scores(e), half_alpha, now.x);
       scores(e + 1) = fmaf(scores(e + 1), half_alpha, now.y);
       scores(e + 2) = fmaf(scores(e + 2), half_alpha, before.x);
@@ -43,31 +63,39 @@ struct BiasValues {
 
  private:
   const float* window_;
-  float2 held_[kAhead ? kCount : 1];
+  // Of the thread's first row; and of its second in each part's first 8 columns, those of the others are the first's.
+  float2 first_[kAhead ? kBlocks : 1], second_[kAhead ? kParts : 1];
 
   __device__ float2 load(int n) const { return *reinterpret_cast<const float2*>(window_ + 8 * n); }
-  __device__ float2 value(int n) const { return kAhead ? held_[n] : load(n); }
 };
 
 // The edges of 16 scores from the `first`-th on, a part of a tile. `near`: of the thread's first column of it; `low`,
-// `high`: s f of its rows, lowest digits.
-template <class Scores, class Tile>
+// `high`: s f of its rows, lowest digits. kAhead: times are read once for all edges, and each edge before the last is done
+// with; that takes a dozen registers.
+template <bool kAhead, class Scores, class Tile>
 __device__ inline void add_edges(Scores& scores, int first, const Tile& tile, const BiasPart& part, int edges,
                                  const int* near, uint32_t low, uint32_t high) {
+  const auto times_of = [&](int n) { return *reinterpret_cast<const int2*>(near + 8 * n); };
+  BiasEdge edge = part.edge[0];
+  int2 held[4];
+  CUTE_UNROLL
+  for (int n = 0; kAhead && n < 4; ++n) held[n] = times_of(n);
   CUTE_NO_UNROLL
   for (int k = 0; k < edges; ++k) {
-    const BiasEdge edge = part.edge[k];
+    if (!kAhead) edge = part.edge[k];
     const int reach_low = static_cast<int>(low - tile.origin) + edge.reach;
     const int reach_high = static_cast<int>(high - tile.origin) + edge.reach;
+    const float step = edge.step;
+    if (kAhead) edge = part.edge[smaller(k + 1, kPartEdges - 1)];
     CUTE_UNROLL
     for (int n = 0; n < 4; ++n) {
-      if (n % 2 == 0) keep_order();
+      if (!kAhead && n % 2 == 0) keep_order();
       const int e = first + 4 * n;
-      const int2 times = *reinterpret_cast<const int2*>(near + 8 * n);
-      if (times.x <= reach_low) scores(e) += edge.step;
-      if (times.y <= reach_low) scores(e + 1) += edge.step;
-      if (times.x <= reach_high) scores(e + 2) += edge.step;
-      if (times.y <= reach_high) scores(e + 3) += edge.step;
+      const int2 times = kAhead ? held[n] : times_of(n);
+      if (times.x <= reach_low) scores(e) += step;
+      if (times.y <= reach_low) scores(e + 1) += step;
+      if (times.x <= reach_high) scores(e + 2) += step;
+      if (times.y <= reach_high) scores(e + 3) += step;
     }
   }
 }
@@ -123,7 +151,7 @@ __device__ inline void add_bias_by_parts(Scores& scores, float half_alpha, const
                                          Fixed fixed, Streamed streamed) {
   constexpr int kSize = decltype(cute::size(scores))::value;
   values.add(scores, half_alpha);
-  if (values.kinds == kInWindow) return;
+  if (values.complete()) return;
   const BiasPart* parts = tile.parts[row / 16];
   low *= static_cast<uint32_t>(tile.sign), high *= static_cast<uint32_t>(tile.sign);
   CUTE_UNROLL
@@ -132,10 +160,12 @@ __device__ inline void add_bias_by_parts(Scores& scores, float half_alpha, const
     const int kind = values.kinds >> first / 2 & 0xff, from = column + 2 * first;
     keep_order();
     if (kind < kLookUp) {
-      const float weight = part.weight;
-      CUTE_UNROLL
-      for (int e = first; e < first + 16; ++e) scores(e) += weight;
-      if (kind > kEdges) add_edges(scores, first, tile, part, kind - kEdges, tile.near + from, low, high);
+      if constexpr (!Values::kHasWeights) {
+        const float weight = part.weight;
+        CUTE_UNROLL
+        for (int e = first; e < first + 16; ++e) scores(e) += weight;
+      }
+      if (kind > kEdges) add_edges<Values::kHasWeights>(scores, first, tile, part, kind - kEdges, tile.near + from, low, high);
     } else if (kind == kLookUp) {
       add_looked_up(scores, first, tile, buckets, tile.near + from, low, high);
     } else {

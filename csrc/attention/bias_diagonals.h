@@ -10,7 +10,7 @@
 
 #include <cutlass/numeric_conversion.h>
 
-#include "attention/device.h"
+#include "attention/ds_block.h"
 
 namespace genrec::attention {
 
@@ -21,18 +21,17 @@ __device__ inline cutlass::Array<float, 2> two_of(uint32_t word) {
       *reinterpret_cast<const cutlass::Array<Element, 2>*>(&word));
 }
 
-template <class Element, bool kProducts>
-struct DiagonalSums {
+template <class Element, class Block>
+struct DiagonalRows {
   static constexpr int kMargin = 8;  // zeros before and behind each row's 120 entries
   static constexpr int kStride = kMargin + 120 + kMargin;  // 8 banks from row to row
-  static constexpr int kAhead = 4;  // loads under way: shared memory is slow beside the consumers' products
   using Memory = float[8][kStride];
 
   Memory& memory;
   const int lane;
   const uint32_t identity;  // this lane's two entries of an 8 x 8 identity, as a product's left operand
 
-  __device__ DiagonalSums(Memory& own, int lane_)
+  __device__ DiagonalRows(Memory& own, int lane_)
       : memory(own), lane(lane_), identity(identity_entries(lane_)) {}
 
   // Before the first block.
@@ -41,7 +40,37 @@ struct DiagonalSums {
     sync_warp();
   }
 
-  // sums[n]: of the pairs with key - query = lane + 32 n - 63. `block`: 64 key rows of 64 queries (score_offset).
+  // add_up, one by one: for blocks with numbers that aren't finite, which products would spread over their columns.
+  __device__ void add_up_slowly(const char* block, float (&sums)[4]) const {
+    CUTE_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      const int apart = lane + 32 * n - 63;
+      float sum = 0.f;
+      CUTE_NO_UNROLL
+      for (int k = apart > 0 ? apart : 0; k < 64 && k - apart < 64; ++k) {
+        const int query = k - apart;
+        sum += static_cast<float>(*reinterpret_cast<const Element*>(block + Block::at(k, query / 8) + query % 8 * 2));
+      }
+      sums[n] = sum;
+    }
+  }
+
+ private:
+  // Row l / 4, columns 2 (l % 4) and the next; the lower column in the lower half.
+  __device__ static uint32_t identity_entries(int lane) {
+    const uint32_t one = Element(1.f).storage;
+    const int apart = lane / 4 - lane % 4 * 2;
+    return apart == 0 ? one : apart == 1 ? one << 16 : 0;
+  }
+};
+
+template <class Element, bool kProducts>
+struct DiagonalSums : DiagonalRows<Element, SwizzledBlock> {
+  using Rows = DiagonalRows<Element, SwizzledBlock>;
+  using Rows::Rows, Rows::memory, Rows::lane, Rows::identity, Rows::kMargin;
+  static constexpr int kAhead = 4;  // loads under way: shared memory is slow beside the consumers' products
+
+  // sums[n]: of the pairs with key - query = lane + 32 n - 63.
   __device__ void add_up(const char* block, float (&sums)[4]) const {
     const int row = lane % 8;  // which this lane names to the load, of a piece of number lane / 8
     const char* own_row[2] = {block + row * 128 + (lane / 8 ^ row) * 16, block + row * 128 + (lane / 8 + 4 ^ row) * 16};
@@ -78,19 +107,6 @@ struct DiagonalSums {
     sync_warp();  // the next block's sums go to the same place
   }
 
-  // add_up, one by one: for blocks with numbers that aren't finite, which products would spread over their columns.
-  __device__ void add_up_slowly(const char* block, float (&sums)[4]) const {
-    CUTE_UNROLL
-    for (int n = 0; n < 4; ++n) {
-      const int apart = lane + 32 * n - 63;
-      float sum = 0.f;
-      CUTE_NO_UNROLL
-      for (int k = apart > 0 ? apart : 0; k < 64 && k - apart < 64; ++k)
-        sum += static_cast<float>(*reinterpret_cast<const Element*>(block + k * 128 + ((k - apart) * 2 ^ k % 8 * 16)));
-      sums[n] = sum;
-    }
-  }
-
  private:
   // Four pieces to sums of the first `own` of them and of the others.
   __device__ static void add(const uint32_t (&words)[4], int own, float (&sums)[4]) {
@@ -112,12 +128,62 @@ struct DiagonalSums {
                            words[j + 1]);
     }
   }
+};
 
-  // Row l / 4, columns 2 (l % 4) and the next; the lower column in the lower half.
-  __device__ static uint32_t identity_entries(int lane) {
-    const uint32_t one = Element(1.f).storage;
-    const int apart = lane / 4 - lane % 4 * 2;
-    return apart == 0 ? one : apart == 1 ? one << 16 : 0;
+// The same for blocks that aren't swizzled, by products alone, each with the same left operand: the upper rows gather pieces
+// (i, i + t), the lower ones those across, (i + t, i). Here entries rise with the query.
+template <class Element>
+struct PairedDiagonalSums : DiagonalRows<Element, TiledBlock> {
+  using Rows = DiagonalRows<Element, TiledBlock>;
+  using Rows::Rows, Rows::memory, Rows::lane, Rows::identity, Rows::kMargin;
+
+  __device__ void add_up(const char* block, float (&sums)[4]) const {
+    // A load brings four pieces, (i, i + t) and across for two of i: i and i + 1 of one t, or the last ones of two t.
+    constexpr int kLoads = 16, kAhead = 8;
+    constexpr int first_t[kLoads] = {1, 2, 3, 4, 1, 2, 3, 4, 0, 5, 1, 2, 0, 6, 1, 5};
+    constexpr int second_t[kLoads] = {1, 2, 3, 4, 1, 2, 3, 4, 0, 5, 1, 2, 0, 6, 3, 7};
+    constexpr int first_i[kLoads] = {0, 0, 0, 0, 2, 2, 2, 2, 0, 0, 4, 4, 4, 0, 6, 2};
+    constexpr int kAlong = TiledBlock::at(8, 1), kOwn = TiledBlock::at(8, 0), kAcross = TiledBlock::at(0, 1);
+    const bool across = lane / 8 % 2, second = lane / 16;
+    const char* row = block + lane % 8 * 16 + (second ? kAlong : 0);
+    const char* diagonal = row + (second ? kAlong : 0) + (across ? kAlong : 0);  // of t = 0: i to i + 3
+    const int down = across ? kAcross : kOwn, further = second ? 2 * down - 3 * kAlong : 0;
+    // From other lanes: of words that it knows the assembler would write new ones for each product. Lane 2 holds a zero.
+    const auto held_by = [&](int other) { return float_bits(from_lane(float_of(identity), other)); };
+    const uint32_t left[4] = {held_by(lane), held_by(2), held_by(3), held_by(lane)};
+    uint32_t words[kAhead][4];
+    const auto fetch = [&](int n) {
+      const int t = first_t[n];
+      const char* from = t == 0 ? diagonal : row + t * down;
+      load_matrices_transposed(from + (t == second_t[n] ? 0 : further) + first_i[n] * kAlong, words[n % kAhead]);
+    };
+    float pieces[8][4];
+    CUTE_UNROLL
+    for (int t = 0; t < 8; ++t) pieces[t][0] = pieces[t][1] = pieces[t][2] = pieces[t][3] = 0.f;
+    CUTE_UNROLL
+    for (int n = 0; n < kAhead; ++n) fetch(n);
+    CUTE_UNROLL
+    for (int n = 0; n < kLoads; ++n) {
+      const uint32_t(&own)[4] = words[n % kAhead];
+      add_product<Element>(pieces[first_t[n]], left[0], left[1], left[2], left[3], own[0], own[1]);
+      add_product<Element>(pieces[second_t[n]], left[0], left[1], left[2], left[3], own[2], own[3]);
+      if (n + kAhead < kLoads) fetch(n + kAhead);
+    }
+    float* own = &memory[lane / 4][kMargin + 56 + lane % 4 * 2];
+    *reinterpret_cast<float2*>(own) = make_float2(pieces[0][0] + pieces[0][2], pieces[0][1] + pieces[0][3]);
+    CUTE_UNROLL
+    for (int t = 1; t < 8; ++t) {
+      *reinterpret_cast<float2*>(own - 8 * t) = make_float2(pieces[t][0], pieces[t][1]);
+      *reinterpret_cast<float2*>(own + 8 * t) = make_float2(pieces[t][2], pieces[t][3]);
+    }
+    sync_warp();
+    CUTE_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      sums[n] = 0.f;
+      CUTE_UNROLL
+      for (int r = 0; r < 8; ++r) sums[n] += memory[r][kMargin + 119 - lane - 32 * n + r];
+    }
+    sync_warp();  // the next block's sums go to the same place
   }
 };
 

@@ -45,7 +45,7 @@ struct BiasEdge {
 
 struct BiasPart {
   BiasEdge edge[kPartEdges];
-  float weight;  // before all edges
+  float weight;  // before all edges; 0 where weights are looked up
 };
 
 template <int kPartRows, int kPartColumns>
@@ -178,6 +178,7 @@ struct BiasWriter {
   const float factor;  // of weights
   const int lane, shift;
   int first_fixed;
+  int looks_back = kNever;  // rows from this one on, counted as keys are, see no later ones: parts of such need no weights
   TimeSpan fixed{kNoDistance, -kNoDistance};
   TimeSpan rows[kOwnParts];  // those of the lane's parts
   int64_t own[kOwn];
@@ -210,7 +211,7 @@ struct BiasWriter {
     float constant = 0.f;
     TimeKind kind = TimeKind::kOne;
     if (bias.time != nullptr) {
-      kind = put_times(tile, constant);
+      kind = put_times(tile, first_streamed, constant);
     } else {
       put_kinds(tile, kInWindow);
     }
@@ -230,13 +231,15 @@ struct BiasWriter {
   // All parts alike.
   __device__ void put_kinds(Tile& tile, PartKind kind) const {
     if constexpr (Tile::kParts) {
-      for (int n = lane; n < Tile::kPartRows; n += 32)
+      for (int n = lane; n < Tile::kPartRows; n += 32) {
         *reinterpret_cast<uint32_t*>(tile.kinds[n]) = static_cast<uint32_t>(kind) * 0x1010101u;
+        for (int column = 0; column < Tile::kPartColumns && kind != kInWindow; ++column) tile.parts[n][column].weight = 0.f;
+      }
     }
   }
 
   // How buckets are told; `constant`: the weight that goes into the window.
-  __device__ TimeKind put_times(Tile& tile, float& constant) const {
+  __device__ TimeKind put_times(Tile& tile, int first_streamed, float& constant) const {
     TimeSpan streamed{kNoDistance, -kNoDistance}, columns;  // columns: of the lane's parts
     CUTE_UNROLL
     for (int n = 0; n < kOwn; ++n) {
@@ -268,7 +271,7 @@ struct BiasWriter {
     if (lane == 0) tile.sign = sign, tile.base = base, tile.edges = edges;
     if constexpr (Tile::kParts) {
       if (lane == 0) tile.origin = static_cast<uint32_t>(origin);
-      put_parts(tile, columns, found, brief, sign, origin - base);
+      put_parts(tile, first_streamed, columns, found, brief, sign, origin - base);
     } else if (few && lane < edges) {
       tile.shift[lane] = buckets.edges[all.first + 1 + lane] + base;
       tile.step[lane] = buckets.weights[all.first + 1 + lane] - buckets.weights[all.first + lane];
@@ -293,14 +296,20 @@ struct BiasWriter {
     return {-largest_of_warp(-all.first), largest_of_warp(all.last)};
   }
 
-  __device__ void put_parts(Tile& tile, const TimeSpan& columns, const Buckets (&found)[kOwnParts], bool brief, int sign,
-                            int64_t offset) const {
+  __device__ void put_parts(Tile& tile, int first_streamed, const TimeSpan& columns, const Buckets (&found)[kOwnParts],
+                            bool brief, int sign, int64_t offset) const {
     const int column = lane % Tile::kPartColumns;
     CUTE_UNROLL
     for (int n = 0; n < kOwnParts; ++n) {
       const int row = 2 * pair(n) + lane / 16;
       if (row >= Tile::kPartRows) continue;
       if (Tile::kPartColumns < 4) tile.kinds[row][3 - column] = kInWindow;
+      const int first_row = first_fixed + shift + 16 * row;
+      if (first_row >= looks_back && first_streamed + 32 * column > first_row + 15) {
+        tile.kinds[row][column] = kInWindow;
+        tile.parts[row][column].weight = 0.f;
+        continue;
+      }
       tile.kinds[row][column] = put_part(tile.parts[row][column], TimeDistances(rows[n], columns), found[n].first,
                                          found[n].last - found[n].first, brief, sign, offset);
     }
@@ -311,6 +320,7 @@ struct BiasWriter {
   __device__ PartKind put_part(BiasPart& part, const TimeDistances& apart, int from, int edges, bool brief, int sign,
                                int64_t offset) const {
     const bool few = edges == 0 || (apart.one_sign() && edges <= kPartEdges && brief);
+    part.weight = 0.f;
     if (!few) return apart.farthest < int64_t{1} << kNearBits ? kLookUp : kLookUpWide;
     // Distances s (f - g) fall as `near` rises; where they are negative ones, sizes rise: steps are taken back.
     const bool falling = (apart.ahead >= 0) == (sign > 0);

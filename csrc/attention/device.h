@@ -77,6 +77,13 @@ __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); 
 // The larger of the upper and of the lower halves.
 __device__ inline uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 
+// All bits of a half where `a`, as a number of fp16, is less than `b`.
+__device__ inline uint32_t halves_below(uint32_t a, uint32_t b) {
+  uint32_t below;
+  asm("set.lt.u32.f16x2 %0, %1, %2;" : "=r"(below) : "r"(a), "r"(b));
+  return below;
+}
+
 // The bits of an integer's value in fp32, digits beyond cut off.
 __device__ inline uint32_t float_bits_below(uint32_t value) { return __float_as_uint(__uint2float_rz(value)); }
 __device__ inline uint32_t float_bits_below(uint64_t value) { return __float_as_uint(__ull2float_rz(value)); }
@@ -110,6 +117,27 @@ __device__ inline void copy_in_bulk(void* to, const void* from, int bytes, FullB
           cute::cast_smem_ptr_to_uint(to)),
       "l"(from), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(kHint)
       : "memory");
+}
+
+// Two numbers in fp16, the first in the lower half; those beyond its range become its largest.
+__device__ inline uint32_t pack_finite_halves(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// 16 bytes that an earlier kernel wrote.
+__device__ inline uint4 load_written(const uint4* from) {
+  uint4 four;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "l"(from));
+  return four;
+}
+
+// `bytes` bytes, a multiple of 16, into the L2 cache.
+__device__ inline void prefetch_to_l2(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // To global memory, where it will be read once.

@@ -29,6 +29,12 @@ struct DsStore {
   const void* zeros;  // a part of a cell
 };
 
+// `Store`: a DsStore, or a BiasStore, whose places are the same.
+template <class Store>
+GENREC_HOST_DEVICE inline bool is_stored(const Store& store, int sequence) {
+  return store.first != nullptr && store.first[sequence] >= 0;
+}
+
 // The cells of one sequence and head: rows of cells one after the other, of each all that its queries may see.
 struct StoredSequence {
   int rows, columns;  // of cells
@@ -63,7 +69,8 @@ struct CellPlaces {
   StoredSequence sequence;
   int64_t first;  // -1: nowhere
 
-  GENREC_HOST_DEVICE CellPlaces(const DsStore& store, const StoredSequence& of, int number, int head, int heads)
+  template <class Store>
+  GENREC_HOST_DEVICE CellPlaces(const Store& store, const StoredSequence& of, int number, int head, int heads)
       : sequence(of) {
     const int cells = store.first[number];
     first = cells < 0 ? -1 : int64_t{cells} * heads + int64_t{head} * of.cells();

@@ -1,32 +1,37 @@
 // The forward kernel: O = (SiLU(alpha Q K^T) masked) V * scale, jagged, without softmax: no running maximum, no rescaling.
 //
-// Persistent blocks take tiles of queries off a list. One thread of the first warpgroup brings Q, K and V tiles by the
-// copy engine, the other warpgroups compute: each holds 64 queries' rows of S and O in registers. Within a warpgroup
-// the product S of the next key tile and the product P V of this one are in flight together; SiLU of the next runs while
-// P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside another's products.
-// With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by turns (bias.h): one alone
-// waits for memory longer than the products take.
+// Persistent blocks take tiles of queries off a list. One thread of the first warpgroup brings Q, K and V tiles by
+// the copy engine, the other warpgroups compute: each holds 64 queries' rows of S and O in registers. Within a
+// warpgroup the product S of the next key tile and the product P V of this one are in flight together; SiLU of the
+// next runs while P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside
+// another's products. With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by
+// turns (bias.h): one alone waits for memory longer than the products take. At D = 128 that is for sequences that are
+// left over: the others' bias is in memory (bias_store.h), whence each thread loads its own a tile ahead.
 #pragma once
 
 #include "attention/barriers.h"
 #include "attention/bias.h"
+#include "attention/bias_store.h"
 #include "attention/mma.h"
 
 namespace genrec::attention {
 
-template <class Element_, int D_, bool kCausal_, Bias kBias_ = Bias::kNone>
+// kBiasStored_: the relative bias is in memory.
+template <class Element_, int D_, bool kCausal_, Bias kBias_ = Bias::kNone, bool kBiasStored_ = false>
 struct ForwardShape {
   using Element = Element_;
   static constexpr int D = D_;
   static constexpr bool kCausal = kCausal_;
   static constexpr Bias kBias = kBias_;
-  static constexpr bool kRelative = kBias == Bias::kRelative;
+  static constexpr bool kBiasStored = kBiasStored_;
+  static constexpr bool kRelative = kBias == Bias::kRelative && !kBiasStored;  // and is prepared here
+  static constexpr bool kLeftOver = kRelative && D == 128;  // serves sequences that have no place in a store
   // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three).
   static constexpr int kConsumers = D <= 64 ? 3 : 2;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = D == 256 ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
-  static constexpr bool kBiasAhead = kConsumers == 2;  // registers left for the bias before the scores are there
+  static constexpr bool kBiasAhead = D > 64;  // registers left for the bias before the scores are there
   // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
   static constexpr int kQueryStages = D == 256 ? 1 : 2;
   static constexpr int kKeyStages = D <= 64 ? 4 : 2;
@@ -51,6 +56,7 @@ struct ForwardShape {
   struct Work {
     TileRecord tile;
     int head;
+    cute::conditional_t<kBiasStored, StoredBiasRow[kConsumers], NoBiasMemory> bias;
   };
 
   struct alignas(1024) Shared {
@@ -73,6 +79,17 @@ __device__ inline TileRanges forward_key_tiles(const SequenceMask<Shape::kCausal
   return mask.key_tiles(i0, smaller(i0 + Shape::kQueries, tile.keys), Shape::kKeys);
 }
 
+// The first unit from w on, of those that the block takes, whose sequence is the kernel's.
+template <class Shape>
+__device__ inline int pick_forward_unit(const typename Shape::Params& p, int w, int units) {
+  if constexpr (Shape::kLeftOver || Shape::kBiasStored) {
+    while (w < units &&
+           is_stored(p.bias.store, p.list.tiles[work_unit(w, p.common.heads).tile].sequence) != Shape::kBiasStored)
+      w = add_atomically(p.common.counter, 1) + static_cast<int>(gridDim.x);
+  }
+  return w;
+}
+
 template <class Shape>
 __device__ inline void forward_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
@@ -82,6 +99,7 @@ __device__ inline void forward_produce(const typename Shape::Params& p, typename
   Place<Shape::kKeyStages> k(1), v(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
   for (int w = blockIdx.x;; work.next()) {
+    w = pick_forward_unit<Shape>(p, w, units);
     shared.work_ring.empty[work.stage].wait(work.parity);
     if (w >= units) {
       shared.work[work.stage].tile.sequence = -1;
@@ -91,11 +109,20 @@ __device__ inline void forward_produce(const typename Shape::Params& p, typename
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
     const int following = add_atomically(p.common.counter, 1) + static_cast<int>(gridDim.x);  // used only after the loads below
-    shared.work[work.stage] = {tile, unit.head};
-    shared.work_ring.full[work.stage].arrive();
-
+    shared.work[work.stage].tile = tile, shared.work[work.stage].head = unit.head;
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+    if constexpr (Shape::kBiasStored) {
+      for (int c = 0; c < Shape::kConsumers; ++c) {
+        const StoredBiasRow row(p.bias.store, tile, mask, tile.first / 64 + c);
+        shared.work[work.stage].bias[c] = row;
+        if (ranges.count() == 0) continue;
+        constexpr int kColumns = Shape::kKeys / kCellKeys;  // the first tile's: nothing is done before they are there
+        for (int n = 0; n < kColumns; ++n) prefetch_to_l2(row.part(ranges.tile(0) * kColumns + n), kBiasPartBytes);
+      }
+    }
+    shared.work_ring.full[work.stage].arrive();
+
     const auto load_keys = [&](int n) {
       shared.k_ring.empty[k.stage].wait(k.parity);
       shared.k_ring.full[k.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
@@ -147,6 +174,7 @@ __device__ inline void forward_prepare_bias(const typename Shape::Params& p, typ
     const int count = ranges.count();
     if (next < count) {
       BiasWriter<true, Shape::kQueries, Shape::kKeys> writer(p.bias, shared.bias.buckets, tile, 0.5f);
+      if (p.common.rule.causal) writer.looks_back = mask.contexts;
       CUTE_NO_UNROLL
       for (; next < count; next += kWarps, turn.next()) {
         const int first_key = ranges.tile(next) * Shape::kKeys;
@@ -175,6 +203,7 @@ template <class Shape>
 __device__ inline void forward_consume(const typename Shape::Params& p, typename Shape::Shared& shared, int warpgroup) {
   using namespace cute;
   using Element = typename Shape::Element;
+  using Work = typename Shape::Work;
   constexpr int D = Shape::D;
   typename Shape::ScoreMma score_mma;
   typename Shape::OutMma out_mma;
@@ -197,8 +226,12 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
   for (;; work.next(), q.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const TileRecord tile = shared.work[work.stage].tile;
-    const int head = shared.work[work.stage].head;
-    release(shared.work_ring.empty[work.stage]);
+    // With a relative bias it is kept until the unit is done: what is rarely asked for is read again, for want of registers.
+    conditional_t<Shape::kRelative, const Work&, const Work> unit = shared.work[work.stage];
+    const auto release_unit = [&] { release(shared.work_ring.empty[work.stage]); };
+    StoredBiasRow stored;
+    if constexpr (Shape::kBiasStored) stored = shared.work[work.stage].bias[warpgroup];
+    if (!Shape::kRelative) release_unit();
     if (tile.sequence < 0) break;
 
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
@@ -209,7 +242,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
     const RowBand band = mask.rows(i0, i1);
     const int fixed_row = 64 * warpgroup + lane.row();
     const auto query_time = [&](int down) {
-      if constexpr (Shape::kRelative) return TileTimes<true>(p.bias, tile).fixed(tile.first + fixed_row + down);
+      if constexpr (Shape::kRelative) return TileTimes<true>(p.bias, unit.tile).fixed(unit.tile.first + fixed_row + down);
     };
     uint32_t times[2] = {0, 0};  // lowest digits, of the thread's two rows
     if constexpr (Shape::kRelative) {
@@ -223,16 +256,21 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         values.read(shared.bias.tiles[bias.stage], fixed_row, lane.column());
       }
     };
+    StoredBias<Shape::kBiasStored ? Shape::kKeys : 0> loaded;
+    if (Shape::kBiasStored && count > 0) loaded.load(stored, ranges.tile(0), lane);
     const auto to_weights = [&](auto& scores, int n) {
       const int j0 = ranges.tile(n) * Shape::kKeys;
       if constexpr (Shape::kRelative) {
         add_bias_by_parts(scores, p.common.half_alpha, values, shared.bias.tiles[bias.stage], shared.bias.buckets,
                           fixed_row, lane.column(), times[0], times[1], query_time,
-                          [&](int column) { return TileTimes<true>(p.bias, tile).streamed(j0 + column); });
+                          [&](int column) { return TileTimes<true>(p.bias, unit.tile).streamed(j0 + column); });
         release(shared.bias.ring.empty[bias.stage]);
         bias.next();
+      } else if constexpr (Shape::kBiasStored) {
+        loaded.add_to(scores, p.common.half_alpha);
+        if (n + 1 < count) loaded.load(stored, ranges.tile(n + 1), lane);
       } else if constexpr (Shape::kBias == Bias::kDense) {
-        add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, head,
+        add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, unit.head,
                              tile.first + 64 * warpgroup + lane.row(), j0 + lane.column(), tile.queries, tile.keys);
       }
       const bool masked = !band.all_see(j0, j0 + Shape::kKeys);
@@ -283,15 +321,20 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
       v.next();
     }
     release(shared.q_ring.empty[q.stage]);
-    const int first = tile.first + 64 * warpgroup;
-    const float scale = p.common.scales ? p.common.scales[tile.sequence] : p.common.scale;
-    store_rows<Element>(out, scale, p.out, int64_t{tile.query_start} + first, head, 0, tile.queries - first);
+    const TileRecord done = unit.tile;
+    const int first = done.first + 64 * warpgroup, head = unit.head;
+    if (Shape::kRelative) release_unit();
+    const float scale = p.common.scales ? p.common.scales[done.sequence] : p.common.scale;
+    store_rows<Element>(out, scale, p.out, int64_t{done.query_start} + first, head, 0, done.queries - first);
   }
   turns.finish();
 }
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ typename Shape::Params p) {
+  if constexpr (Shape::kLeftOver) {
+    if (p.bias.store.left != nullptr && *p.bias.store.left == 0) return;
+  }
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   constexpr int kReaders = Shape::kConsumers * kArrivalsPerWarpgroup;

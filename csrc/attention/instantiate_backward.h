@@ -2,7 +2,9 @@
 #pragma once
 
 #include "attention/backward.h"
+#include "attention/backward_biased_keys.h"
 #include "attention/backward_plain.h"
+#include "attention/backward_sums.h"
 #include "attention/instantiate.h"
 
 namespace genrec::attention {
@@ -39,7 +41,7 @@ BackwardInstance plain_backward_instance(const char* dtype) {
   BackwardInstance one{};
   one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = Bias::kNone;
   one.lengths = D != 128 ? SequenceLengths::kAll : kGathered ? SequenceLengths::kLong : SequenceLengths::kShort;
-  one.blocks = {Keys::kQueries, Keys::kKeys, 1, 0, Keys::kQueryBox, Keys::kKeyBox};
+  one.blocks = {Keys::kQueries, Keys::kKeys, 1, 0, 0, Keys::kQueryBox, Keys::kKeyBox};
   one.launch = [](const BackwardParams& params, const BiasParams&, int pass, int blocks, cudaStream_t stream) {
     if constexpr (!Kernels::kGathers) {
       using Queries = typename Kernels::Queries;
@@ -69,7 +71,7 @@ BackwardInstance biased_backward_instance(const char* dtype) {
   static_assert(First::kKeys == Second::kKeys && First::kQueries == Second::kQueries, "passes differ in their tiles");
   BackwardInstance one{};
   one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = kBias;
-  one.blocks = {First::kQueries, First::kKeys, kTwice ? 2 : 1, First::kSumsTables ? First::Teams::kCopies : 0,
+  one.blocks = {First::kQueries, First::kKeys, kTwice ? 2 : 1, First::kSumsTables ? First::Teams::kCopies : 0, 0,
                 First::kQueries, First::kKeys};
   one.launch = [](const BackwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
     return pass == 0 ? launch_backward<First>(params, bias, blocks, stream)
@@ -80,10 +82,52 @@ BackwardInstance biased_backward_instance(const char* dtype) {
   return one;
 }
 
+// With a relative bias at D = 128: one pass gives dK, dV and dS of sequences that have a place in memory for it, one goes
+// over that dS, a third one computes the sequences that are left over.
+template <class Element, int D, bool kCausal>
+struct StoringBackward {
+  using Keys = BiasedKeysShape<Element, kCausal>;
+  using Stored = StoredSumsShape<Element, D, kCausal, typename Keys::Parts>;
+  using LeftOver = BackwardShape<Element, D, kCausal, Part::kAll, Bias::kRelative>;
+  static constexpr int kStoredTables = Stored::kCopies;  // of the tables' gradients, in a block of the second pass
+
+  static cudaError_t launch(const BackwardParams& params, const BiasParams& bias, int pass, int blocks,
+                            cudaStream_t stream) {
+    if (pass == 0)
+      return launch_kernel(pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>,
+                           typename Keys::Params{params, bias.relative.store}, blocks, Keys::kThreads,
+                           sizeof(typename Keys::Shared), stream);
+    if (pass == 1)
+      return launch_kernel(stored_sums_kernel<Stored>, params_of<Stored>(params, bias), blocks, Stored::kThreads,
+                           sizeof(typename Stored::Shared), stream);
+    clear_dq_kernel<LeftOver><<<4 * blocks, 256, 0, stream>>>(params);
+    return launch_backward<LeftOver>(params, bias, blocks, stream);
+  }
+};
+
+template <class Element, int D, bool kCausal>
+BackwardInstance storing_backward_instance(const char* dtype) {
+  using Kernels = StoringBackward<Element, D, kCausal>;
+  using Keys = typename Kernels::Keys;
+  using LeftOver = typename Kernels::LeftOver;
+  static_assert(LeftOver::kKeys == Keys::kKeys && LeftOver::kQueries == Keys::kQueries, "one list of tiles");
+  static_assert(LeftOver::kKeyBox == Keys::kKeyBox && LeftOver::kQueries == Keys::kQueryBox, "one set of boxes");
+  BackwardInstance one{};
+  one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = Bias::kRelative;
+  one.blocks = {Keys::kQueries, Keys::kKeys, 3, LeftOver::Teams::kCopies, Kernels::kStoredTables, Keys::kQueryBox, Keys::kKeyBox};
+  one.blocks.stored_rows = Kernels::Stored::kQueries;
+  one.launch = Kernels::launch;
+  one.convert = convert_dq<LeftOver, false>;
+  one.sum_tables = sum_tables<kSumThreads>;
+  return one;
+}
+
 template <class Element, int D, bool kCausal, Bias kBias, bool kGathered>
 BackwardInstance backward_instance(const char* dtype) {
   if constexpr (kBias == Bias::kNone) {
     return plain_backward_instance<Element, D, kCausal, kGathered>(dtype);
+  } else if constexpr (kBias == Bias::kRelative && D == 128) {
+    return storing_backward_instance<Element, D, kCausal>(dtype);
   } else {
     return biased_backward_instance<Element, D, kCausal, kBias>(dtype);
   }

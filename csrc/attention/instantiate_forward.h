@@ -1,4 +1,4 @@
-// GENREC_FORWARD(dtype, dim, mask, bias): one forward kernel and its entry in the table.
+// GENREC_FORWARD(dtype, dim, mask, bias): the forward kernel of a shape, or two, and their entry in the table.
 #pragma once
 
 #include "attention/forward.h"
@@ -7,12 +7,29 @@
 namespace genrec::attention {
 
 template <class Shape>
+cudaError_t launch_forward(const ForwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
+  return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
+                       sizeof(typename Shape::Shared), stream);
+}
+
+template <class Element, int D, bool kCausal, Bias kBias>
 ForwardInstance forward_instance(const char* dtype) {
-  return {dtype, Shape::D, Shape::kCausal, Shape::kBias, {Shape::kQueries, Shape::kKeys},
-          [](const ForwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
-            return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
-                                 sizeof(typename Shape::Shared), stream);
-          }};
+  using Shape = ForwardShape<Element, D, kCausal, kBias>;
+  ForwardInstance one{dtype, D, kCausal, kBias, {Shape::kQueries, Shape::kKeys}, nullptr};
+  if constexpr (Shape::kLeftOver) {
+    using Stored = ForwardShape<Element, D, kCausal, kBias, true>;
+    static_assert(Stored::kQueries == Shape::kQueries && Stored::kKeys == Shape::kKeys, "one list, one set of boxes");
+    one.blocks.bias_stored = true;
+    one.launch = [](const ForwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
+      return pass == 0 ? launch_forward<Stored>(params, bias, blocks, stream)
+                       : launch_forward<Shape>(params, bias, blocks, stream);
+    };
+  } else {
+    one.launch = [](const ForwardParams& params, const BiasParams& bias, int, int blocks, cudaStream_t stream) {
+      return launch_forward<Shape>(params, bias, blocks, stream);
+    };
+  }
+  return one;
 }
 
 }  // namespace genrec::attention
@@ -20,6 +37,6 @@ ForwardInstance forward_instance(const char* dtype) {
 #define GENREC_FORWARD(dtype, dim, mask, bias)                                             \
   namespace genrec::attention {                                                            \
   ForwardInstance forward_##dtype##_##dim##_##mask##_##bias() {                            \
-    return forward_instance<ForwardShape<dtype, dim, kMask_##mask, kBias_##bias>>(#dtype); \
+    return forward_instance<dtype, dim, kMask_##mask, kBias_##bias>(#dtype);               \
   }                                                                                        \
   }

@@ -1,6 +1,8 @@
 // One kernel instantiation: how it is launched, and what the host must know of its shape.
 #pragma once
 
+#include <cstdint>
+
 #include "attention/params.h"
 
 namespace genrec::attention {
@@ -8,14 +10,16 @@ namespace genrec::attention {
 // Rows of the tiles of a shape: the boxes of the copy engine, and the lists of a plan.
 struct ForwardBlocks {
   int queries, keys;
+  bool bias_stored = false;  // the relative bias is put into memory first; two passes: sequences with a place, the others
 };
 
 struct BackwardBlocks {
   int queries, keys, passes;
-  int tables;  // copies of the tables' gradients that each block sums
+  // Copies of the tables' gradients that each block sums, and each of the pass over stored dS.
+  int16_t tables, stored_tables;
   int query_box, key_box;  // rows of the copy engine's boxes
   int dq_rows = 0;  // rows of the tiles of a last pass that gives dQ, by boxes of kBoxRows; 0: dQ is gathered in sums
-  int stored_rows = 0;  // rows of the tiles of the pass before that, which gives dQ of dS in memory; 0: there is none
+  int stored_rows = 0;  // rows of the tiles of the second pass, which gives dQ of dS in memory; 0: there is none
 
   bool gathers() const { return dq_rows == 0; }
   int listed_queries() const { return gathers() ? queries : dq_rows; }
@@ -40,7 +44,8 @@ struct ForwardInstance {
   bool causal;
   Bias bias;
   ForwardBlocks blocks;
-  cudaError_t (*launch)(const ForwardParams&, const BiasParams&, int blocks, cudaStream_t);
+  // `pass` counts from 0; each needs a counter of its own.
+  cudaError_t (*launch)(const ForwardParams&, const BiasParams&, int pass, int blocks, cudaStream_t);
 };
 
 // The batches that an instance is for, by their sequences' mean number of keys.
@@ -60,5 +65,10 @@ struct BackwardInstance {
   // Null without tables.
   cudaError_t (*sum_tables)(const SumParams&, cudaStream_t);
 };
+
+// Puts the bias of all sequences that have a place into its store (bias_store.h). `list`: tiles of kCellQueries
+// queries; `counter`: zero; `query_rows`: the order of S = Q K^T, else that of its transpose.
+cudaError_t fill_bias(const RelativeBias& bias, const WorkList& list, const MaskRule& rule, int* counter,
+                      bool query_rows, int multiprocessors, cudaStream_t stream);
 
 }  // namespace genrec::attention

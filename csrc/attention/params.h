@@ -33,6 +33,13 @@ struct Common {
 // What is added to alpha <q, k>: nothing, a sum of two table entries (see genrec.attention.RelativeBias), or a matrix.
 enum class Bias : int { kNone = 0, kRelative = 1, kDense = 2 };
 
+// The halved bias of whole sequences, where the dS of one head would lie (bias_store.h).
+struct BiasStore {
+  const void* data;  // null: none
+  const int* first;  // as DsStore has them
+  const int* left;
+};
+
 struct RelativeBias {
   const float* position;  // (2 max_positions - 1,), or null
   const float* time;      // (buckets,), or null
@@ -43,6 +50,7 @@ struct RelativeBias {
   // Sums of the gradients, zero before: for each block and each of its warps that sum, a table. Null: not wanted.
   float* position_sums;
   float* time_sums;
+  BiasStore store;
 };
 
 struct DenseBias {
@@ -84,7 +92,7 @@ struct BackwardParams {
   Common common;
   WorkList list;  // tiles of keys
   Output dk, dv;
-  // dQ / (alpha * scale), fp32, zero before the launch: (padded tile, head, dqk columns x rows in register order).
+  // dQ / (alpha * scale), fp32, zero before the launch (where sequences are stored: zeroed by clear_dq_kernel): (padded tile, head, dqk columns x rows in register order).
   float* dq_sum;
   // Null, or (padded tile, head) zeros: how many key tiles have added to that tile of dQ. Fixes the order of sums.
   int* turns;
@@ -97,6 +105,7 @@ struct ConvertParams {
   WorkList list;  // tiles of queries
   const float* dq_sum;
   Output dq;
+  DsStore store;  // dQ of sequences that have a place there is another kernel's
 };
 
 }  // namespace genrec::attention

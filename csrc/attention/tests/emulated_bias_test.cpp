@@ -6,6 +6,8 @@
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
 
+#include "attention/backward_biased_keys.h"
+#include "attention/backward_sums.h"
 #include "attention/tests/problem.h"
 
 using namespace genrec::attention;
@@ -168,12 +170,13 @@ bool check_warp_instructions() {
 
 // Sums of a block's diagonals, one by one, by products and by additions.
 bool check_diagonals() {
-  std::vector<Element> block(64 * 64);
+  std::vector<Element> block(64 * 64), tiled(64 * 64);
   double wanted[128] = {};
   for (int k = 0; k < 64; ++k) {
     for (int q = 0; q < 64; ++q) {
       const Element x(std::normal_distribution<float>()(emulator::random_numbers));
       std::memcpy(reinterpret_cast<char*>(block.data()) + score_offset<64>(q, k), &x, 2);
+      std::memcpy(reinterpret_cast<char*>(tiled.data()) + TiledBlock::at(k, q / 8) + q % 8 * 2, &x, 2);
       wanted[k - q + 63] += float(x);
     }
   }
@@ -184,12 +187,15 @@ bool check_diagonals() {
     const DiagonalSums<Element, false> additions(memory, threadIdx.x);
     products.clear_margins();
     const char* at = reinterpret_cast<const char*>(block.data());
-    float sums[4], added[4], slow[4];
+    const char* other = reinterpret_cast<const char*>(tiled.data());
+    const PairedDiagonalSums<Element> pairs(memory, threadIdx.x);
+    float sums[4], added[4], paired[4], slow[4];
     for (int again = 0; again < 2; ++again) products.add_up(at, sums), additions.add_up(at, added);
+    pairs.add_up(other, paired);
     products.add_up_slowly(at, slow);
     for (int n = 0; n < 4; ++n) {
       const double one = wanted[threadIdx.x + 32 * n];
-      worst = std::max({worst, std::abs(sums[n] - one), std::abs(added[n] - one), std::abs(slow[n] - one)});
+      for (float found : {sums[n], added[n], paired[n], slow[n]}) worst = std::max(worst, std::abs(found - one));
     }
   });
   if (!(worst < 1e-4)) std::printf("diagonals: off by %g\n", worst);
@@ -222,12 +228,111 @@ bool check_not_finite() {
   return good && lost >= kRow;
 }
 
-template <Bias kBias>
+// The passes of a relative bias at D = 128, dS of the first `stored` sequences kept in memory.
+bool storing_backward(const Problem& problem, size_t stored) {
+  using Keys = BiasedKeysShape<Element, false>;
+  using Stored = StoredSumsShape<Element, D, false, Keys::Parts>;
+  using LeftOver = BackwardShape<Element, D, false, Part::kAll, Bias::kRelative>;
+  const List keys(problem.batch(), ListKind::kKeys, Keys::kKeys);
+  const List rows(problem.batch(), ListKind::kQueries, Stored::kQueries);
+  const List queries(problem.batch(), ListKind::kQueries, LeftOver::kQueries);
+  const int heads = problem.c.heads, blocks = problem.c.blocks;
+  Matrix dq(problem.q.rows, heads, problem.c.qk_dim, true), dk(problem.k.rows, heads, problem.c.qk_dim, true);
+  Matrix dv(problem.v.rows, heads, problem.c.v_dim, true);
+  const int64_t tiles = list_capacity(dq.rows, problem.c.sequences.size(), LeftOver::kQueries) * heads;
+  std::vector<float> sums(tiles * LeftOver::kQueries * D, NAN);
+  std::vector<int> turns(tiles * 2);
+  const int stored_copies = blocks * Stored::kCopies, copies = stored_copies + blocks * LeftOver::Teams::kCopies;
+  BiasSums bias(problem.bias, copies);
+  Store store(problem, stored);
+  int counters[2] = {0, 0};
+  BackwardParams p{problem.q.map(), problem.k.map(), problem.v.map(), problem.d_out.map(),
+                   problem.common(&counters[0]), keys.list(), dk.output(), dv.output(), sums.data(),
+                   problem.c.ordered ? turns.data() : nullptr, dq.output(), store.store()};
+  FilledBias filled(store);
+  bool ran = filled.fill<false>(problem);
+  const typename Keys::Params first{p, filled.store()};
+  ran = emulator::launch(blocks, Keys::kThreads, sizeof(typename Keys::Shared),
+                         [&] { pipelined_backward_kernel<Keys, BiasedKeysConsumer<Keys>>(first); }) && ran;
+  auto second = problem.with_bias<Stored>(p);
+  second.common = problem.common(&counters[1]), second.list = rows.list();
+  if (!bias.position.empty()) second.bias.position_sums = bias.position.data();
+  if (!bias.time.empty()) second.bias.time_sums = bias.time.data();
+  ran = emulator::launch(blocks, Stored::kThreads, sizeof(typename Stored::Shared),
+                         [&] { stored_sums_kernel<Stored>(second); }) && ran;
+  ran = emulator::launch(2, 256, 0, [&] { clear_dq_kernel<LeftOver>(p); }) && ran;
+  ran = pass<LeftOver>(problem, p, bias, stored_copies) && ran;
+  const ConvertParams convert{problem.common(nullptr), queries.list(), sums.data(), dq.output(), store.store()};
+  ran = emulator::launch(2, 256, 0, [&] { convert_dq_kernel<LeftOver>(convert); }) && ran;
+  const double off[] = {error(dq.data, problem.dq), error(dk.data, problem.dk), error(dv.data, problem.dv),
+                        table_error(bias.position, copies, problem.bias.d_position, problem.bias.squares),
+                        table_error(bias.time, copies, problem.bias.d_time, problem.bias.squares)};
+  std::printf("%s, D = %d, backward by stored dS: %s, dq %.1e, dk %.1e, dv %.1e, position %.1e, time %.1e, "
+              "dS of %zu sequences kept\n", problem.c.name, D, ran ? "ran" : "hung", off[0], off[1], off[2], off[3],
+              off[4], problem.c.sequences.size() - store.left);
+  bool good = ran;
+  for (double one : off) good = good && one < 0.005;
+  return good;
+}
+
+// A bias in memory, in both orders, every pair that is seen.
+template <bool kQueryRows>
+bool check_filled(const Problem& problem) {
+  Store places(problem, problem.c.sequences.size());
+  FilledBias filled(places);
+  if (!filled.fill<kQueryRows>(problem)) return false;
+  BiasInput bias = problem.bias;
+  int64_t pairs = 0;
+  for (size_t b = 0; b < problem.c.sequences.size(); ++b) {
+    const Lengths s = problem.c.sequences[b];
+    const SequenceMask<false> mask(s.keys, s.contexts, s.targets, problem.c.rule);
+    const CellPlaces cells(filled.store(), stored_sequence(problem.batch(), problem.c.rule, int(b)), int(b), 0, 1);
+    for (int i = 0; i < s.queries; ++i) {
+      for (int j = 0; j < s.keys; ++j) {
+        if (!mask.row(i + s.keys - s.queries).sees(j)) continue;
+        double wanted = 0;
+        bias.terms(s, problem.query_offsets[b], problem.key_offsets[b], int(b), 0, i, j,
+                   [&](float value, double&) { wanted += 0.5 * value; });
+        const int row = (kQueryRows ? i : j) % 64, column = (kQueryRows ? j : i) % 64;
+        // A lane's eight: two columns of a row, of the row 8 below, then both 8 columns on.
+        const int lane = row % 8 * 4 + column % 8 / 2, e = column % 2 + row / 8 % 2 * 2 + column / 8 % 2 * 4;
+        const int64_t part = cells.part<BiasCell>(i / 64, j / 64);
+        const size_t at = size_t(part) * BiasCell::kElements + ((row / 16 * 4 + column / 16) * 32 + lane) * 8 + e;
+        const double got = float(cutlass::half_t::bitcast(filled.data[at]));
+        ++pairs;
+        if (part >= 0 && std::abs(got - wanted) < 1e-3 * (0.1 + std::abs(wanted))) continue;
+        std::printf("%s, stored bias: query %d, key %d: %g, wanted %g\n", problem.c.name, i, j, got, wanted);
+        return false;
+      }
+    }
+  }
+  std::printf("%s: %ld pairs of a stored bias in order of %s\n", problem.c.name, long(pairs),
+              kQueryRows ? "queries" : "keys");
+  return true;
+}
+
+// kCausal: forward by the kernel for the plain causal mask as well.
+template <Bias kBias, bool kCausal = false>
 bool check(const Case& c) {
   const Problem problem(c);
-  const bool ahead = forward<false, kBias>(problem), back = backward<false, kBias>(problem);
+  bool good = forward<false, kBias>(problem) && (!kCausal || forward<true, kBias>(problem));
+  good = backward<false, kBias>(problem) && good;
+  const std::mt19937 numbers = emulator::random_numbers;  // the next cases' data don't depend on what follows
+  if (kBias == Bias::kRelative && D == 32)                // nor this on D
+    good = check_filled<true>(problem) && check_filled<false>(problem) && good;
+  if constexpr (kBias == Bias::kRelative && D == 128) {
+    const size_t all = c.sequences.size();
+    for (size_t stored : {all, all / 2, size_t{0}}) {
+      good = storing_forward<false>(problem, stored) && good;
+      good = storing_backward(problem, stored) && good;
+    }
+    const bool plain = std::all_of(c.sequences.begin(), c.sequences.end(),
+                                   [](const Lengths& s) { return s.contexts == 0 && s.targets == 0; });
+    if (plain && c.rule.window < 0 && c.rule.causal) good = storing_forward<true>(problem, all) && good;
+  }
+  emulator::random_numbers = numbers;
   std::fflush(stdout);
-  return ahead && back;
+  return good;
 }
 
 }  // namespace
@@ -238,7 +343,7 @@ int main() {
   bool good = check_buckets() && check_warp_instructions() && check_diagonals();
   if (D == 32) good = good && check_all_tiles();  // they don't depend on D
   good &= check_not_finite();
-  good &= check<Bias::kRelative>({"position and seconds", plain, {1, -1, 1}, 1, D, D, 2, false,
+  good &= check<Bias::kRelative, D == 128>({"position and seconds", plain, {1, -1, 1}, 1, D, D, 2, false,
                                       {Bias::kRelative, true, 129, Clock::kSeconds}});
   good &= check<Bias::kRelative>({"ties, cached keys, contexts, targets", mixed, {2, -1, 1}, 2, D, D - 8, 2, true,
                                   {Bias::kRelative, true, 64, Clock::kTied}});
@@ -246,7 +351,7 @@ int main() {
                                   2, true, {Bias::kRelative, false, 200, Clock::kYears, true}});
   good &= check<Bias::kRelative>({"any times, not causal", {{200, 200, 0, 0}, {40, 90, 3, 5}}, {1, -1, 0}, 1, D, D, 3,
                                   true, {Bias::kRelative, true, 200, Clock::kAny}});
-  good &= check<Bias::kRelative>({"few buckets", plain, {1, -1, 1}, 1, D, D, 2, false,
+  good &= check<Bias::kRelative, D == 128>({"few buckets", plain, {1, -1, 1}, 1, D, D, 2, false,
                                   {Bias::kRelative, false, 8, Clock::kSeconds}});
   good &= check<Bias::kRelative>({"one bucket", mixed, {1, -1, 1}, 1, D, D, 1, false,
                                   {Bias::kRelative, false, 1, Clock::kSeconds}});

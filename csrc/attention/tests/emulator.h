@@ -23,6 +23,7 @@
 #include <cuda_runtime.h>
 
 #include <cute/tensor.hpp>
+#include <cutlass/half.h>
 
 #undef __device__
 #undef __global__
@@ -314,6 +315,12 @@ inline uint32_t larger_halves(uint32_t a, uint32_t b) {
   return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
 }
 
+// Not for NaN: numbers of one sign in the order of their bits.
+inline uint32_t halves_below(uint32_t a, uint32_t b) {
+  const auto below = [](uint32_t x, uint32_t y) { return int16_t(x) < int16_t(y) ? 0xffffu : 0u; };
+  return below(a >> 16, b >> 16) << 16 | below(a & 0xffff, b & 0xffff);
+}
+
 template <class Unsigned>
 uint32_t float_bits_below(Unsigned value) {
   float nearest = static_cast<float>(value);
@@ -353,6 +360,17 @@ inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& ful
     barrier->receive(bytes);
   });
 }
+
+inline uint32_t pack_finite_halves(float low, float high) {
+  const auto half = [](float x) {
+    constexpr float kMost = 65504.f;
+    return uint32_t(cutlass::half_t(x > kMost ? kMost : x < -kMost ? -kMost : x).storage);
+  };
+  return half(low) | half(high) << 16;
+}
+
+inline uint4 load_written(const uint4* from) { return *from; }
+inline void prefetch_to_l2(const void*, int) {}
 
 inline void store_once(uint32_t* where, uint32_t word) { *where = word; }
 

@@ -84,14 +84,19 @@ void check_operand() {
   }
 }
 
+template <class F>
+void check_forward() {
+  check_tile<F::kQueries, F::D, F::kQueryStages>();
+  check_tile<F::kKeys, F::D, F::kKeyStages>();
+  check_accumulators<typename F::ScoreMma, F::kQueries, F::kKeys>(0);
+  check_accumulators<typename F::OutMma, F::kQueries, F::D>(0);
+  check_operand<typename F::OutMma, F::kQueries, F::kKeys>();
+}
+
 template <int D>
 void check_shapes() {
-  using F = ForwardShape<bf16, D, false>;
-  check_tile<F::kQueries, D, F::kQueryStages>();
-  check_tile<F::kKeys, D, F::kKeyStages>();
-  check_accumulators<typename F::ScoreMma, F::kQueries, F::kKeys>(0);
-  check_accumulators<typename F::OutMma, F::kQueries, D>(0);
-  check_operand<typename F::OutMma, F::kQueries, F::kKeys>();
+  check_forward<ForwardShape<bf16, D, false>>();
+  check_forward<ForwardShape<bf16, D, false, Bias::kRelative>>();
   using B = BackwardShape<bf16, D, false, D == 256 ? Part::kKeysAndQueries : Part::kAll, Bias::kDense>;
   check_tile<B::kQueries, D, B::kQueryStages>();
   check_scores<B::kQueries, B::kKeys>();

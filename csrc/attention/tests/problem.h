@@ -184,6 +184,7 @@ struct Problem {
   Matrix q, k, v, d_out;
   BiasInput bias;
   std::vector<double> out, dq, dk, dv;
+  std::vector<std::vector<double>> d_scores;  // (sequence, head), (queries, keys)
   float alpha, scale = 0.02f;
 
   static int total(const Case& c, int Lengths::* which) {
@@ -207,8 +208,12 @@ struct Problem {
       contexts.push_back(s.contexts);
       targets.push_back(s.targets);
     }
-    for (size_t b = 0; b < c.sequences.size(); ++b)
-      for (int h = 0; h < c.heads; ++h) add_sequence(int(b), h);
+    for (size_t b = 0; b < c.sequences.size(); ++b) {
+      for (int h = 0; h < c.heads; ++h) {
+        d_scores.emplace_back(size_t(c.sequences[b].queries) * c.sequences[b].keys);
+        add_sequence(int(b), h);
+      }
+    }
   }
 
   void add_sequence(int b, int h) {
@@ -223,6 +228,7 @@ struct Problem {
         terms([&](float value, double&) { added += value; });
         const double d_score = add_pair(query_offsets[b] + i, key_offsets[b] + j, h, added);
         terms([&](float, double& gradient) { gradient += d_score; });
+        d_scores.back()[size_t(i) * s.keys + j] = d_score;
         bias.squares += d_score * d_score;
       }
     }
@@ -265,6 +271,71 @@ struct Problem {
   }
 };
 
+// Places of dS for the first `stored` sequences, the others' room left out.
+struct Store {
+  std::vector<int> first;
+  int left = 0, cells = 0;
+  std::vector<Element> data, zeros;
+
+  Store(const Problem& problem, size_t stored) : first(problem.c.sequences.size() + 1), zeros(kLargestPart, Element(0.f)) {
+    const Batch batch = problem.batch();
+    for (size_t b = 0; b < stored; ++b) cells += stored_sequence(batch, problem.c.rule, int(b)).cells();
+    auto scratch = std::make_unique<StoreScratch>();
+    constexpr int kThreads = 2;
+    for (int t = 0; t < kThreads; ++t) store_phase_count(*scratch, batch, problem.c.rule, t, kThreads);
+    store_phase_sum(*scratch, &left, kThreads);
+    for (int t = 0; t < kThreads; ++t)
+      store_phase_place(*scratch, batch, problem.c.rule, cells, first.data(), &left, t, kThreads);
+    data.assign(size_t(cells) * problem.c.heads * kCellElements, Element::bitcast(0x7fc0));
+  }
+  DsStore store() { return {data.data(), first.data(), &left, zeros.data()}; }
+};
+
+// A bias in memory, in the places that a store of dS has.
+struct FilledBias {
+  const Store& places;
+  std::vector<uint16_t> data;
+
+  explicit FilledBias(const Store& store) : places(store), data(size_t(store.cells) * kCellElements, 0x7fff) {}
+  BiasStore store() const { return {data.data(), places.first.data(), &places.left}; }
+
+  template <bool kQueryRows>
+  bool fill(const Problem& problem) {
+    const List list(problem.batch(), ListKind::kQueries, kCellQueries);
+    int counter = 0;
+    FillParams p{problem.bias.relative(), list.list(), problem.c.rule, &counter};
+    p.bias.store = store();
+    return emulator::launch(2, kFillThreads, sizeof(FillShared), [&] { fill_bias_kernel<kQueryRows>(p); });
+  }
+};
+
+// The passes of a relative bias at D = 128, the bias of the first `stored` sequences in memory.
+template <bool kCausal>
+bool storing_forward(const Problem& problem, size_t stored) {
+  using Stored = ForwardShape<Element, D, kCausal, Bias::kRelative, true>;
+  using LeftOver = ForwardShape<Element, D, kCausal, Bias::kRelative>;
+  const List list(problem.batch(), ListKind::kQueries, Stored::kQueries);
+  Matrix out(problem.q.rows, problem.c.heads, problem.c.v_dim, true);
+  Store places(problem, stored);
+  FilledBias filled(places);
+  bool ran = filled.fill<true>(problem);
+  int counters[2] = {0, 0};
+  ForwardParams base{problem.q.map(), problem.k.map(), problem.v.map(), problem.common(&counters[0]), list.list(),
+                     out.output()};
+  auto first = problem.with_bias<Stored>(base);
+  base.common.counter = &counters[1];
+  auto second = problem.with_bias<LeftOver>(base);
+  first.bias.store = second.bias.store = filled.store();
+  ran = emulator::launch(problem.c.blocks, Stored::kThreads, sizeof(typename Stored::Shared),
+                         [&] { forward_kernel<Stored>(first); }) && ran;
+  ran = emulator::launch(problem.c.blocks, LeftOver::kThreads, sizeof(typename LeftOver::Shared),
+                         [&] { forward_kernel<LeftOver>(second); }) && ran;
+  const double off = error(out.data, problem.out);
+  std::printf("%s, D = %d, forward%s by a stored bias: %s, out %.1e, bias of %zu sequences kept\n", problem.c.name, D,
+              kCausal ? ", causal," : "", ran ? "ran" : "hung", off, problem.c.sequences.size() - places.left);
+  return ran && off < 0.005;
+}
+
 template <bool kCausal, Bias kBias>
 bool forward(const Problem& problem) {
   using Shape = ForwardShape<Element, D, kCausal, kBias>;
@@ -289,13 +360,13 @@ struct BiasSums {
 };
 
 template <class Shape>
-bool pass(const Problem& problem, BackwardParams p, BiasSums& sums) {
+bool pass(const Problem& problem, BackwardParams p, BiasSums& sums, int first_copy = 0) {
   int counter = 0;
   p.common = problem.common(&counter);
   auto params = problem.with_bias<Shape>(p);
   if constexpr (Shape::kBias == Bias::kRelative) {
-    if (!sums.position.empty()) params.bias.position_sums = sums.position.data();
-    if (!sums.time.empty()) params.bias.time_sums = sums.time.data();
+    if (!sums.position.empty()) params.bias.position_sums = sums.position.data() + first_copy * problem.bias.position.size();
+    if (!sums.time.empty()) params.bias.time_sums = sums.time.data() + first_copy * problem.bias.time.size();
   }
   if constexpr (Shape::kBias == Bias::kDense) {
     params.bias.gradient = sums.dense.data();

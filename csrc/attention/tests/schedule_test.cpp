@@ -123,7 +123,7 @@ void check_store(unsigned seed) {
     const StoredSequence sequence = stored_sequence(tile, mask);
     check(sequence.cells() == stored_sequence(batch, rule, b).cells(), "cells", b, sequence.cells());
     for (int h = 0; h < heads; ++h) {
-      const CellPlaces places({nullptr, first.data(), &left, nullptr}, sequence, b, h, heads);
+      const CellPlaces places(DsStore{nullptr, first.data(), &left, nullptr}, sequence, b, h, heads);
       for (int j = 0; j * kCellKeys < keys; ++j) {
         const int j0 = j * kCellKeys / kTileKeys * kTileKeys;
         const TileRanges visited = mask.query_tiles(j0, j0 + kTileKeys, Parts::kRows, queries);

@@ -71,7 +71,10 @@ def _cuda_includes() -> list[Path] | None:
 @pytest.mark.skipif(_cutlass_include() is None, reason="needs CUTLASS's headers: pip install nvidia-cutlass")
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [(name, dim) for name in ("emulated_test", "emulated_bias_test") for dim in (32, 64, 128, 256)],
+    [
+        *((name, dim) for name in ("emulated_test", "emulated_bias_test") for dim in (32, 64, 128, 256)),
+        ("emulated_sums_test", 128),
+    ],
 )
 def test_kernels_run_on_the_host(tmp_path: Path, name: str, dim: int) -> None:
     """Thread for thread, with the GPU's own instructions emulated: barriers, tiles, masks, biases, sums, layouts."""
@@ -167,34 +170,65 @@ def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
     # At least a float for each element of q, at most with each of three sequences padded to a tile of 128 rows.
     assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 128
     assert plain < ordered < plain + 4096
-    assert binding.call("plan_bytes", problem) % 32 == 0
+    assert (binding.call("plan_bytes", problem) - 12) % 32 == 0  # records of 32 bytes, a place for each sequence's dS
 
 
 def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes.CDLL) -> None:
-    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128)}
-    long = {size: rows // size + 3 for size in (64, 128)}
-    # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too.
+    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128, 192)}
+    long = {size: rows // size + 3 for size in (64, 128, 192)}
+    # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too;
+    # 192 queries where dS is in memory, as with a relative bias, with a place for each sequence's.
     problem = _problem(query_rows=rows, key_rows=rows)
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64])
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64] + long[192]) + 12
     # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
-    assert binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64])
-    # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; of 192 queries where dS is in
-    # memory, with a place for each sequence's.
-    problem, stored = _problem(qk_dim=256, v_dim=256), 1000 // 192 + 3
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * short[128] + 2 * short[64] + stored) + 12
+    assert (
+        binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64] + short[192]) + 12
+    )
+    # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; dS in memory without one.
+    problem = _problem(qk_dim=256, v_dim=256)
+    assert (
+        binding.call("plan_bytes", ctypes.byref(problem))
+        == 64 + 32 * (3 * short[128] + 2 * short[64] + short[192]) + 12
+    )
+    # D = 64 keeps no dS.
+    problem = _problem(qk_dim=64, v_dim=64)
+    assert (binding.call("plan_bytes", ctypes.byref(problem)) - 64) % 32 == 0
 
 
-def test_memory_of_ds_is_limited(library: ctypes.CDLL) -> None:
-    """By an environment variable that the library reads once."""
-    words = ("from tests.unit.attention import test_cutlass_native as t; import ctypes; p = t._problem(qk_dim=256, "
-             "v_dim=256); print(t.binding.call('workspace_bytes', ctypes.byref(p), 1, 0))")  # fmt: skip
+def test_memory_of_a_relative_bias(library: ctypes.CDLL) -> None:
+    """Forward at D = 128 it lies in memory once for all heads: fp16 in cells of 192 queries and 64 keys."""
+    needed = {}
+    for heads in (1, 4):
+        problem = _problem(heads=heads, sequences=2, query_rows=2 * 384, key_rows=2 * 384)
+        assert binding.call("workspace_bytes", ctypes.byref(problem), 0, 0) == 64
+        problem.bias.kind = 1
+        needed[heads] = binding.call("workspace_bytes", ctypes.byref(problem), 0, 0)
+        problem.bias.kind = 2
+        assert binding.call("workspace_bytes", ctypes.byref(problem), 0, 0) == 64
+    # A causal sequence has 3 and 6 cells; room for one and a half times two sequences.
+    assert needed[1] == needed[4] == 128 + 3 * 9 * 192 * 64 * 2
 
-    def taken(gib: str | None) -> int:
-        environment = {name: x for name, x in os.environ.items() if name != "GENREC_ATTENTION_STORED_GIB"}
-        environment |= {} if gib is None else {"GENREC_ATTENTION_STORED_GIB": gib}
-        done = subprocess.run([sys.executable, "-c", words], cwd=SOURCES.parent, env=environment, capture_output=True,
-                              text=True, check=True)  # fmt: skip
-        return int(done.stdout)
 
-    none, few, all_ = taken("0"), taken("0.001"), taken(None)
-    assert none < few <= none + 2**30 // 1000 < all_
+def _in_process(gib: str | None, dim: int, kind: int, backward: int) -> subprocess.CompletedProcess[str]:
+    """Prints a workspace's size, with GENREC_ATTENTION_STORED_GIB, which the library reads once."""
+    words = (f"from tests.unit.attention import test_cutlass_native as t; import ctypes; p = t._problem(qk_dim={dim}, "
+             f"v_dim={dim}); p.bias.kind = {kind}; "
+             f"print(t.binding.call('workspace_bytes', ctypes.byref(p), {backward}, 0))")  # fmt: skip
+    environment = {name: x for name, x in os.environ.items() if name != "GENREC_ATTENTION_STORED_GIB"}
+    environment |= {} if gib is None else {"GENREC_ATTENTION_STORED_GIB": gib}
+    return subprocess.run([sys.executable, "-c", words], cwd=SOURCES.parent, env=environment, capture_output=True,
+                          text=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "kind", "backward"), [(256, 0, 1), (128, 1, 0)])
+def test_memory_of_ds_and_of_a_bias_is_limited(library: ctypes.CDLL, dim: int, kind: int, backward: int) -> None:
+    none, few, all_ = (int(_in_process(gib, dim, kind, backward).stdout) for gib in ("0", "0.001", None))
+    assert none < few < all_
+    assert few <= none + 2**30 // 1000
+
+
+@pytest.mark.parametrize("text", ["many", "", "-1", "2 GiB", "nan", "1e9"])
+def test_a_limit_that_is_no_number_is_refused(library: ctypes.CDLL, text: str) -> None:
+    done = _in_process(text, 128, 0, 0)
+    assert done.returncode != 0
+    assert f"GENREC_ATTENTION_STORED_GIB must be a number of GiB, got '{text}'" in done.stderr
