@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.attention import TOKENS, Batch, Point, timed  # noqa: E402
+from genrec.attention import AttentionMask  # noqa: E402
 from genrec.attention.triton import launch, launch_backward, tuning  # noqa: E402
 from genrec.attention.triton.configs import Config, Kind, Passes  # noqa: E402
 from genrec.environment import headline  # noqa: E402
@@ -108,19 +109,25 @@ class Small:
     """A small batch with its gradients in fp64: blocks whole and cut, and rows that belong to the next sequence."""
 
     def __init__(
-        self, dim: int, bias: bool, device: str = "cuda", cuts: tuple[int, ...] = (700, 701, 1034, 1400)
-    ) -> None:
+        self, dim: int, bias: bool, device: str = "cuda", cuts: tuple[int, ...] = (700, 701, 1034, 1400),
+        mask: AttentionMask | None = None,
+    ) -> None:  # fmt: skip
         self.batch, exact = (Batch(Point(4, dim, cuts[0], "full", bias), cuts[-1], dtype, device)
                              for dtype in (torch.bfloat16, torch.float64))  # fmt: skip
         self.batch.offsets = exact.offsets = torch.tensor([0, *cuts], device=device)
+        if mask is not None:
+            self.batch.mask = exact.mask = mask
         leaves = [exact.q, exact.k, exact.v, *exact.tables]
         self.reference: dict[str, Tensor] = {}
         with torch.no_grad():
             given = (self.batch.q, self.batch.k, self.batch.v, self.batch.d_out)
             for mine, theirs in zip((exact.q, exact.k, exact.v, exact.d_out), given, strict=True):
                 mine.copy_(theirs)
-        found = torch.autograd.grad(exact.attention("torch"), leaves, exact.d_out)
+        out = exact.attention("torch")
+        found = torch.autograd.grad(out, leaves, exact.d_out)
         self.reference = dict(zip(("dq", "dk", "dv", "d_position", "d_time"), found, strict=False))
+        self.names = ("out", *self.reference)
+        self.reference["out"] = out.detach()
 
     def error(self, part: Part) -> float:
         """Largest error of what the kernel makes, as a share of the largest value."""
@@ -139,7 +146,7 @@ class Small:
         """The same for a whole pass, as it is configured now."""
         batch = self.batch
         found = torch.autograd.grad(batch.attention(), [batch.q, batch.k, batch.v, *batch.tables], batch.d_out)
-        return max(self.distance(name, x) for name, x in zip(self.reference, found, strict=True))
+        return max(self.distance(name, x) for name, x in zip(self.names[1:], found, strict=True))
 
     def distance(self, name: str, found: Tensor | None) -> float:
         """As a share of the largest value; what is missing or not a number counts as infinite."""

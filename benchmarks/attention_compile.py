@@ -28,10 +28,14 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from genrec.attention.triton import launch, launch_backward
-from genrec.attention.triton.configs import Config, Kind, Shape, candidates
+from genrec.attention.triton import launch, launch_backward, launch_stored
+from genrec.attention.triton.configs import Config, Shape, candidates
 
-KINDS: tuple[Kind, ...] = ("forward", "backward", "backward_values", "backward_rows", "backward_tables")
+KINDS: tuple[str, ...] = (
+    "forward", "backward", "backward_values", "backward_rows", "backward_tables",
+    "bias_rows", "bias_keys", "stored_rows", "stored_tables",
+)  # fmt: skip
+"""Of `configs.Kind`, and the kernel that computes the bias of tiles for the forward and for the backward pass."""
 BIASES = ("none", "both", "position", "time", "dense")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -76,7 +80,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def make_call(options: argparse.Namespace, dim: int, bias: str) -> launch.Call:
     """A call without data: 4 heads, q, k, v views of one projection, as the layer makes them."""
-    heads, dtype = 4, DTYPES[options.dtype]
+    heads, dtype, relative = 4, DTYPES[options.dtype], bias not in ("none", "dense")
     projection = _meta(131072, heads, 4 * dim, dtype=dtype)
     _, v, q, k = projection.split(dim, dim=-1)
     counts = _meta(32, dtype=torch.int64)
@@ -91,13 +95,14 @@ def make_call(options: argparse.Namespace, dim: int, bias: str) -> launch.Call:
         "max_q_len": 4096, "max_kv_len": 4096, "group": 1, "window": -1, "causal": True, "alpha": 0.1, "scale": 0.001,
         "dropout": options.dropout, "seed": 7, "deterministic": options.deterministic, "reuse": False,
         "prepared": _Plans(_meta(33, dtype=torch.int64), _meta(131072, dtype=torch.int64)),
-        "shape": Shape(dtype.itemsize * 8, launch._width(dim), launch._width(dim), bias not in ("none", "dense"), True,
-                       False),
+        "generation": 9,
+        "shape": Shape(dtype.itemsize * 8, launch._width(dim), launch._width(dim), relative, True, False, relative,
+                       relative),
     }  # fmt: skip
     return call
 
 
-def compile_kernel(kind: Kind, call: launch.Call, config: Config) -> Any:
+def compile_kernel(kind: str, call: launch.Call, config: Config) -> Any:
     """The compiled kernel that such a call would launch."""
     found: list[Any] = []
 
@@ -110,6 +115,8 @@ def compile_kernel(kind: Kind, call: launch.Call, config: Config) -> Any:
         out = _meta(*call.q.shape, dtype=call.q.dtype)
         gradients = launch_backward.Gradients(call, [True, True, True])
         gradients.begin(config.passes)
+        if config.passes == "stored" and kind == "backward":
+            gradients.bias = launch_stored.fill_bias(call, config, of_keys=True)
         if kind == "forward":
             launch.launch_forward(call, out, config)
         elif kind == "backward":
@@ -119,11 +126,17 @@ def compile_kernel(kind: Kind, call: launch.Call, config: Config) -> Any:
         elif kind == "backward_rows":
             gradients.dq = out
             launch_backward.launch_rows(call, out, gradients, config)
+        elif kind in ("bias_rows", "bias_keys"):
+            launch_stored.fill_bias(call, config, kind == "bias_keys", warps=config.warps)
+        elif kind == "stored_rows":
+            launch_backward.launch_stored_rows(call, gradients, config)
+        elif kind == "stored_tables":
+            launch_backward.launch_stored_tables(call, gradients, Config(128, 128), config)
         else:
             launch_backward.launch_tables(call, out, gradients, config)
     finally:
         launch.start = launch_backward.start = real
-    return found[0]
+    return found[-1]
 
 
 def facts(kernel: Any) -> dict[str, int]:
@@ -165,18 +178,24 @@ def spills_in_loop(sass: str) -> int:
     return sum(word in ("LDL", "STL") and low <= int(at, 16) <= high for at, word, _ in code)
 
 
-def cases(options: argparse.Namespace) -> Iterator[tuple[Kind, int, str, Config]]:
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, str, Config]]:
     """What is asked for."""
     for kind in KINDS if options.kind is None else [options.kind]:
+        stored = kind.startswith(("stored", "bias"))
         for dim in [64, 128, 256] if options.dim is None else [options.dim]:
-            for bias in ["none", "both"] if options.bias is None else [options.bias]:
+            for bias in ["none", "both"][stored:] if options.bias is None else [options.bias]:
                 call = make_call(options, dim, bias)
                 if options.config is not None:
                     rows, keys, warps, stages, *rest = (int(x) for x in options.config.split(","))
                     tma = bool(rest[0]) if rest else True
-                    yield kind, dim, bias, Config(rows, keys, warps, stages, tma, options.passes or "one")
+                    passes = options.passes or ("stored" if stored else "one")
+                    yield kind, dim, bias, Config(rows, keys, warps, stages, tma, passes, options.stored)
+                elif kind.startswith("bias"):
+                    yield kind, dim, bias, Config(128, 64) if kind == "bias_rows" else Config(64, 128)
                 else:
                     found = candidates(kind, call.shape)
+                    if kind.startswith("stored"):
+                        found = [replace(config, passes="stored") for config in found]
                     if options.passes:
                         found = list(dict.fromkeys(replace(config, passes=options.passes) for config in found))
                     yield from ((kind, dim, bias, config) for config in (found if options.all else found[:1]))
@@ -192,8 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--config", help="rows,keys,warps,stages[,tma]; default: the heuristic's")
     p.add_argument("--all", action="store_true", help="every configuration of the tuner's list")
     p.add_argument(
-        "--passes", choices=["one", "tables", "rows", "split"], help="form of the backward pass, not the list's"
+        "--passes", choices=["one", "tables", "rows", "split", "stored"], help="form of the backward pass, for all"
     )
+    p.add_argument("--stored", action="store_true", help="with --config: the forward kernel loads a stored bias")
     p.add_argument("--contexts", action="store_true")
     p.add_argument("--targets", action="store_true")
     p.add_argument("--deterministic", action="store_true")
@@ -210,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, dim, bias, config in cases(options):
         begin = time.perf_counter()
         head = (f"{kind:<15} {dim:>4} {bias:<8} {config.rows:>4} {config.keys:>4} {config.warps:>5} {config.stages:>6} "
-                f"{'yes' if config.tma else 'no':>3} {config.passes:>6} |")  # fmt: skip
+                f"{'yes' if config.tma else 'no':>3} {'stored' if config.stored else config.passes:>6} |")  # fmt: skip
         try:
             kernel = compile_kernel(kind, make_call(options, dim, bias), config)
         except Exception as error:
@@ -219,7 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         seconds = time.perf_counter() - begin
         found = facts(kernel)
-        poor |= found["spilled"] > 0 or (options.dtype != "fp32" and found["wgmma"] == 0)
+        products = not kind.startswith("bias") and kind != "stored_tables"
+        poor |= found["spilled"] > 0 or (options.dtype != "fp32" and products and found["wgmma"] == 0)
         print(head, f"{found['registers']:>9} {found['spilled']:>7} {found['in_loop']:>7} {found['shared']:>6} "
               f"{found['wgmma']:>5} {found['tma']:>3} {seconds:>4.1f}", flush=True)  # fmt: skip
         if options.save:

@@ -33,10 +33,13 @@ PROOF = [
     "causal-both:fp32:default", "years:fp32:default", "long_targets:bf16:default", "causal-both:fp32:tables",
     "ties:fp32:default", "causal-both:fp32:rows", "real128:bf16:default", "long_targets:fp32:default",
     "any_times:fp32:default", "cached_window:fp32:default", "dims16x48_h2:fp32:default",
-    "deterministic:long_targets:bf16", "real64:bf16:default", "real256:bf16:default", "real256:fp16:default",
+    "deterministic:long_targets:bf16", "deterministic:long128:bf16", "real64:bf16:default", "real256:bf16:default",
+    "real256:fp16:default",
 ]  # fmt: skip
 MORE = [
-    "long_targets:bf16:tables", "real128:bf16:one", "real256:bf16:split", "causal-both:fp32:split",
+    "long_targets:bf16:tables", "real128:bf16:one", "real128:bf16:tables", "real64:bf16:stored",
+    "causal-both:fp32:stored", "poisoned:long128:bf16", "foreign8:long128:bf16",
+    "real256:bf16:split", "causal-both:fp32:split",
     "query_times:bf16:default", "targets-both:fp16:default",
     "contexts_targets_window-both:bf16:default", "long_full:bf16:default", "poisoned:long_targets:bf16",
     "foreign8:long_full:bf16", "causal-dense:bf16:default", "dims25x25_h2:bf16:default", "dropout:250:fp32",
@@ -59,7 +62,7 @@ LIMIT = {"parity": 45.0, "sweep": 60.0, "speed": 30.0, "other": 40.0, "layer": 4
 
 def short(config: Any) -> str:
     """A configuration in a few characters."""
-    passes = "" if config.passes == "one" else f" {config.passes}"
+    passes = " stored" if config.stored else "" if config.passes == "one" else f" {config.passes}"
     return f"{config.rows}x{config.keys}/{config.warps}w/{config.stages}s{'' if config.tma else '/no tma'}{passes}"
 
 
@@ -67,12 +70,13 @@ def variants(kind: str, dim: int, bias: bool) -> list[dict[str, Any]]:
     """What a sweep times: configurations by kernel, the tuner's and some more; the first is the default."""
     from genrec.attention.triton.configs import Config, Shape, candidates
 
-    shape = Shape(16, dim, dim, bias, True, False)
+    shape = Shape(16, dim, dim, bias, True, False, bias, bias)
     found: list[dict[str, Any]] = [{kind: config} for config in candidates(kind, shape)]  # type: ignore[arg-type]
     if kind == "backward":
         for config in [c[kind] for c in found]:
             others = {"rows": ["backward_rows"], "tables": ["backward_tables"],
-                      "split": ["backward_values", "backward_rows"]}.get(config.passes, [])  # fmt: skip
+                      "split": ["backward_values", "backward_rows"],
+                      "stored": ["stored_rows", "stored_tables"]}.get(config.passes, [])  # fmt: skip
             found += [{kind: config, other: c} for other in others for c in candidates(other, shape)[1:]]  # type: ignore[arg-type]
     more = {
         ("forward", 128): [Config(64, 128, 4, 2), Config(128, 64, 8, 4)],

@@ -108,6 +108,9 @@ GRID += [
     _relative("long_targets", lengths=(200, 3, 131, 65), contexts=(3, 1, 0, 2), targets=(70, 1, 64, 33), group=2),
     _relative("long_window", lengths=(200, 3, 131, 65), window=20, contexts=(3, 1, 0, 2), targets=(10, 1, 64, 3)),
     _relative("long_full", lengths=(150, 3, 131), causal=False),
+    _relative(
+        "long128", lengths=(200, 3, 131), contexts=(3, 1, 0), targets=(70, 1, 64), qk_dim=128, v_dim=128, heads=2
+    ),
     _relative("one_sequence", lengths=(29,)),
     _relative("length_one", lengths=(1, 1, 1)),
     _relative("empty_first_last", lengths=(0, 0, 9, 0, 5, 0)),

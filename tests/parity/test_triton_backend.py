@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.parity.grid import GRID, Case, assert_parity, make_case, run_backend, run_reference
+from genrec.attention import hstu_attention
+from tests.parity.grid import GRID, Case, Inputs, assert_parity, make_case, run_backend, run_reference
 from tests.parity.test_random_cases import _cases as random_cases
 from tests.parity.triton_checks import (
     check_deterministic,
@@ -21,8 +23,8 @@ from tests.parity.triton_checks import (
 )
 
 pytest.importorskip("triton")
-from genrec.attention.triton import tuning
-from genrec.attention.triton.configs import Config
+from genrec.attention.triton import launch, launch_backward, launch_stored, tuning
+from genrec.attention.triton.configs import Config, Passes
 
 GPU = torch.cuda.is_available()
 interpreted = pytest.mark.skipif(GPU, reason="on a GPU the kernels are compiled: see the tests marked gpu")
@@ -37,6 +39,7 @@ def one_head(case: Case) -> Case:
 # Each term of the relative bias alone with these masks, both with all: a minute and a half of an idle core.
 _ALONE = ("causal-", "contexts_targets_window-", "full_window-")
 CI_GRID = [case for case in GRID if not case.name.endswith(("-position", "-time")) or case.name.startswith(_ALONE)]
+CI_GRID.remove(named("long128"))  # whose width matters on a GPU alone
 
 
 FORMS = {
@@ -45,6 +48,12 @@ FORMS = {
     "rows": (Config(32, 32, tma=False, passes="rows"), {"backward_rows": Config(32, 16, tma=False)}),
     "split": (Config(16, 32, tma=False, passes="split"),
               {"backward_values": Config(32, 16, tma=False), "backward_rows": Config(32, 32, tma=False)}),
+    "stored": (Config(16, 32, tma=False, passes="stored"),
+               {"forward": Config(32, 16, tma=False, stored=True), "stored_rows": Config(64, 32, tma=False),
+                "stored_tables": Config(16, 16, tma=False)}),
+    "stored, small blocks": (Config(16, 16, tma=False, passes="stored"),
+                             {"forward": Config(16, 32, tma=False, stored=True),
+                              "stored_rows": Config(16, 64, tma=False), "stored_tables": Config(32, 32, tma=False)}),
 }  # fmt: skip
 """Forms of the backward pass, each with blocks of several shapes."""
 
@@ -75,6 +84,59 @@ def test_forms_of_the_backward_pass(name: str, passes: str) -> None:
         assert_parity("triton", replace(named(name), heads=2), torch.float32)
 
 
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched from now on."""
+    names: list[str] = []
+
+    def start(kernel: Any, *arguments: Any) -> None:
+        names.append(kernel.fn.__name__)
+        real(kernel, *arguments)
+
+    real = launch.start
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(launch_backward, "start", start)
+    return names
+
+
+FORWARD, BACKWARD = ["bias_kernel", "forward_kernel"], ["bias_kernel", "backward_kernel", "stored_rows_kernel"]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "small", "heads"), [
+    ("ties", False, 5), ("years", True, 1), ("any_times", False, 1), ("query_times", True, 1),
+    ("few_buckets", False, 1), ("contexts_targets_full-both", True, 2), ("window-position", False, 1),
+    ("targets_group3_partial-time", True, 1), ("cached_query_times", False, 2), ("all_empty", True, 2),
+])  # fmt: skip
+def test_stored_bias_and_scores(name: str, small: bool, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = started(monkeypatch)
+    with form("stored, small blocks" if small else "stored"):
+        assert_parity("triton", replace(named(name), heads=heads), torch.float32)
+    assert names == ([] if name == "all_empty" else [*FORWARD, *BACKWARD, "stored_tables_kernel"])
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "dtype"), [("contexts_targets-both", torch.float16), ("years", torch.bfloat16),
+                                             ("cached_targets", torch.bfloat16)])  # fmt: skip
+def test_low_precision_stored(name: str, dtype: torch.dtype) -> None:
+    with form("stored"):
+        assert_parity("triton", one_head(named(name)), dtype)
+
+
+@interpreted
+@pytest.mark.parametrize(("bias", "scores", "stored"), [("0", "1", False), ("1", "0", True), ("1e-5", "1", False)])
+def test_without_room_nothing_is_stored(
+    bias: str, scores: str, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setenv("GENREC_ATTENTION_BIAS_GIB", bias)
+    monkeypatch.setenv("GENREC_ATTENTION_STORED_GIB", scores)
+    launch_stored.limit.cache_clear()
+    names = started(monkeypatch)
+    with form("stored"):
+        assert_parity("triton", one_head(named("targets-both")), torch.float32)
+    launch_stored.limit.cache_clear()
+    assert names == [*FORWARD[not stored :], "backward_kernel"]
+
+
 @interpreted
 @pytest.mark.parametrize("name", ["contexts_targets-both", "window-dense", "dims25x25_h2", "cached_targets", "years"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -102,9 +164,21 @@ def test_foreign_rows_do_not_matter(name: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize(("name", "passes"), [("contexts_targets-both", "stored"), ("ties", "stored, small blocks"),
+                                              ("cached_targets", "stored")])  # fmt: skip
+def test_foreign_rows_and_what_is_not_stored_do_not_matter(name: str, passes: str) -> None:
+    case = replace(named(name), heads=1)
+    with form(passes):
+        if case.kv_lengths is None:
+            check_surroundings(case, torch.float32, "cpu", columns=1)
+        check_poisoned(case, torch.float32, "cpu")
+
+
+@interpreted
 @pytest.mark.parametrize(("name", "passes"), [("targets-both", "tables"), ("dense_bias_heads", "one"),
                                               ("causal-dense", "rows"), ("years", "one"),
-                                              ("targets-both", "split"), ("dense_bias_heads", "split")])  # fmt: skip
+                                              ("targets-both", "split"), ("dense_bias_heads", "split"),
+                                              ("targets-both", "stored"), ("cached_targets", "stored")])  # fmt: skip
 def test_deterministic(name: str, passes: str) -> None:
     with form(passes):
         check_deterministic(named(name), torch.float32, "cpu")
@@ -136,12 +210,66 @@ _REAL = {"heads": 2, "lengths": (1000, 1, 333, 0, 640), "strided": True}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("passes", FORMS)
+@pytest.mark.parametrize("passes", get_args(Passes))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["long_targets", "years", "dims64x64_h2"])
+@pytest.mark.parametrize("name", ["long_targets", "years", "dims64x64_h2", "long128"])
 def test_forms_of_the_backward_pass_on_gpu(name: str, dtype: torch.dtype, passes: str) -> None:
     with tuning.formed(passes):  # type: ignore[arg-type]
         assert_parity("triton", named(name), dtype, "cuda")
+
+
+@pytest.mark.hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [
+    {"time": True, "times": "ties"},
+    {"position": True, "times": "years"},
+    {"time": True, "times": "any", "contexts": (4, 0, 2, 0, 3), "targets": (200, 1, 33, 0, 64), "group": 2},
+    {"time": True, "window": 100},
+    {"time": True, "causal": False},
+    {"time": True, "kv_lengths": (1100, 1, 700, 0, 640), "strided": False},
+], ids=["ties", "position", "contexts_targets", "window", "full", "cached"])  # fmt: skip
+def test_stored_bias_and_scores_on_gpu(words: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default at head dim 128; real shapes and all that follows take it there too."""
+    names = started(monkeypatch)
+    case = Case("stored", **{**_REAL, "position": "times" not in words or words["times"] != "ties", **words},
+                qk_dim=128, v_dim=128)  # fmt: skip
+    with tuning.autotune(False):
+        assert_parity("triton", case, torch.bfloat16, "cuda")
+    assert names == [*FORWARD, *BACKWARD, "stored_tables_kernel"]
+
+
+@pytest.mark.hopper
+@pytest.mark.gpu
+def test_stored_scores_in_cuda_graphs_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured with one batch's numbers, replayed with another's; and a graph kept for a second backward pass."""
+    inputs, others = (make_case(named("long128"), torch.bfloat16, "cuda", seed) for seed in (0, 1))
+    leaves, names = list(inputs.leaves.values()), started(monkeypatch)
+
+    def step(x: Inputs) -> list[torch.Tensor]:
+        out = hstu_attention(x.q, x.k, x.v, x.seq_offsets, x.max_seqlen, backend="triton", deterministic=True,
+                             **x.options)  # fmt: skip
+        return [out, *torch.autograd.grad(out, list(x.leaves.values()), x.d_out, retain_graph=True)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected, wanted = step(others), step(inputs)
+        again = torch.autograd.grad(wanted[0], leaves, inputs.d_out)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert names.count("stored_rows_kernel") == 3
+    assert all(torch.equal(x, y) for x, y in zip(again, wanted[1:], strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(inputs)
+    with torch.no_grad():
+        for name, leaf in inputs.leaves.items():
+            leaf.copy_(others.leaves[name])
+        inputs.d_out.copy_(others.d_out)
+        inputs.options["bias"].timestamps.copy_(others.options["bias"].timestamps)
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.gpu
@@ -168,7 +296,7 @@ def test_random_on_gpu(case: Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 8])
-@pytest.mark.parametrize("name", ["contexts_targets-both", "long_targets", "dims64x64_h2", "long_full"])
+@pytest.mark.parametrize("name", ["contexts_targets-both", "long_targets", "dims64x64_h2", "long_full", "long128"])
 def test_foreign_rows_do_not_matter_on_gpu(name: str, columns: int, dtype: torch.dtype) -> None:
     """Columns 1 gives addresses that no wide load may take, 8 such as a descriptor takes."""
     check_surroundings(named(name), dtype, "cuda", columns)
@@ -177,7 +305,8 @@ def test_foreign_rows_do_not_matter_on_gpu(name: str, columns: int, dtype: torch
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["long_targets", "dense_bias_heads", "causal-dense", "years", "dims64x64_h2"])
+@pytest.mark.parametrize("name", ["long_targets", "dense_bias_heads", "causal-dense", "years", "dims64x64_h2",
+                                  "long128"])  # fmt: skip
 def test_deterministic_on_gpu(name: str, dtype: torch.dtype) -> None:
     check_deterministic(named(name), dtype, "cuda")
 
@@ -190,7 +319,7 @@ def test_dropout_on_gpu() -> None:
 @pytest.mark.gpu
 def test_more_than_2_31_elements_on_gpu() -> None:
     """The last sequence of a batch whose q, k, v and output pass 2^31 elements, beside itself alone."""
-    from genrec.attention import RelativeBias, hstu_attention
+    from genrec.attention import RelativeBias
 
     heads, dim, length, count = 16, 128, 1030, 1024
     total = length * count

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["forward", "backward", "backward_values", "backward_rows", "backward_tables"]
-Passes = Literal["one", "tables", "rows", "split"]
+Kind = Literal[
+    "forward", "backward", "backward_values", "backward_rows", "backward_tables", "stored_rows", "stored_tables"
+]
+Passes = Literal["one", "tables", "rows", "split", "stored"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Config:
     """Tensor descriptors where the tensors allow it."""
     passes: Passes = "one"
     """How a backward pass is divided, for the kernel "backward" alone: see `launch_backward`."""
+    stored: bool = False
+    """Whether the kernel "forward" loads a relative bias that another has computed for all heads, as "backward" does in
+    the form "stored"."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Shape:
     bias: bool
     hopper: bool
     interpreted: bool
+    room_for_bias: bool = False
+    room_for_scores: bool = False
+    """What may be stored: see `launch_stored`."""
 
 
 INTERPRETER = Config(32, 32, tma=False)
@@ -54,6 +62,7 @@ _FORWARD_WITH_BIAS = {
     128: [Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 128, 8, 2)],
     256: [Config(128, 32, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
 }
+_STORED_FORWARD = {128: [Config(128, 64, 4, 2, stored=True), Config(128, 64, 8, 3, stored=True)]}
 _BACKWARD = {
     64: [Config(64, 128, 8, 3, passes="rows"), Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 128, 8, 2)],
     128: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2), Config(64, 64, 4, 1)],
@@ -69,6 +78,7 @@ _BACKWARD_WITH_BIAS = {
     256: [Config(64, 64, 8, 2, passes="rows"), Config(32, 128, 8, 3, passes="split"),
           Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
 }  # fmt: skip
+_STORED_BACKWARD = {128: [Config(64, 64, 4, 2, passes="stored"), Config(64, 128, 8, 3, passes="stored")]}
 # At least as many rows as keys, for the gradient of a position table; the other way round in the kernels over keys.
 _ROWS = {
     64: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
@@ -86,9 +96,13 @@ _TABLES = {
     128: [Config(64, 64, 8, 2), Config(64, 128, 8, 2)],
     256: [Config(64, 64, 8, 1), Config(32, 64, 8, 1)],
 }
+# Of cells of 128 x 128.
+_STORED_ROWS = [Config(128, 64, 4, 3), Config(128, 64, 8, 4), Config(64, 64, 4, 4)]
+_STORED_TABLES = [Config(64, 64, 4, 1), Config(64, 64, 8, 1)]
 _LISTS = {
     "forward": _FORWARD, "backward": _BACKWARD, "backward_values": _VALUES, "backward_rows": _ROWS,
-    "backward_tables": _TABLES,
+    "backward_tables": _TABLES, "stored_rows": dict.fromkeys((64, 128, 256), _STORED_ROWS),
+    "stored_tables": dict.fromkeys((64, 128, 256), _STORED_TABLES),
 }  # fmt: skip
 _WITH_BIAS = {"forward": _FORWARD_WITH_BIAS, "backward": _BACKWARD_WITH_BIAS, "backward_rows": _ROWS_WITH_BIAS}
 # An element of fp32 is three of tf32 on the way to the tensor cores: small blocks, and no product made twice.
@@ -97,7 +111,7 @@ _WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: 
 _WIDE_ROWS = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 16, 8, 1)]}
 _WIDE_LISTS = {
     "forward": _WIDE, "backward": _WIDE_BACKWARD, "backward_values": _WIDE_BACKWARD, "backward_rows": _WIDE_ROWS,
-    "backward_tables": _WIDE_BACKWARD,
+    "backward_tables": _WIDE_BACKWARD, "stored_rows": _WIDE, "stored_tables": _WIDE,
 }  # fmt: skip
 
 
@@ -114,4 +128,8 @@ def candidates(kind: Kind, shape: Shape) -> list[Config]:
     if not shape.hopper:  # two thirds of the shared memory, and no descriptors
         found = [replace(c, tma=False, rows=min(c.rows, 64), keys=min(c.keys, 64), warps=4) for c in found]
         found = [replace(c, stages=1) if width == 256 else c for c in found]
+    elif kind == "forward" and shape.bias and shape.room_for_bias:
+        found = _STORED_FORWARD.get(width, []) + found
+    elif kind == "backward" and shape.bias and shape.room_for_scores:
+        found = _STORED_BACKWARD.get(width, []) + found
     return list(dict.fromkeys(found))

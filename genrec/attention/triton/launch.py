@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from genrec.attention.spec import time_bucket_edges
-from genrec.attention.triton import tuning
+from genrec.attention.triton import launch_stored, tuning
 from genrec.attention.triton.configs import Config, Shape
 from genrec.attention.triton.kernels.forward import forward_kernel
 from genrec.attention.triton.prepared import Prepared, prepared_for
@@ -72,15 +72,31 @@ class Call:
     @cached_property
     def shape(self) -> Shape:
         """What the choice of a configuration depends on."""
-        hopper = self.q.is_cuda and torch.cuda.get_device_capability(self.q.device)[0] >= 9
         return Shape(
             bits=self.q.element_size() * 8,
             qk_width=_width(self.q.shape[2]),
             v_width=_width(self.v.shape[2]),
             bias=self.position is not None or self.time is not None,
-            hopper=hopper,
+            hopper=self.generation >= 9,
             interpreted=INTERPRETED,
+            room_for_bias=self.room[0],
+            room_for_scores=self.room[1],
         )
+
+    @cached_property
+    def generation(self) -> int:
+        """Of the GPU, 9 for Hopper; 0 for none."""
+        return torch.cuda.get_device_capability(self.q.device)[0] if self.q.is_cuda else 0
+
+    @cached_property
+    def fragments(self) -> bool:
+        """Whether tiles of the bias are stored in the order of the registers of Hopper's matrix products."""
+        return self.q.element_size() == 2 and not INTERPRETED
+
+    @cached_property
+    def room(self) -> tuple[bool, bool]:
+        """Whether the bias, and the gradients of the scores, may be stored."""
+        return launch_stored.room(self)
 
     @cached_property
     def tables(self) -> dict[str, Any]:
@@ -145,9 +161,12 @@ def run_forward(call: Call) -> Tensor:
     return out
 
 
-def launch_forward(call: Call, out: Tensor, config: Config) -> None:
-    """Fills out (T_q, H, Dv)."""
-    arguments = call.common(config, of_keys=False) | strides("out", out) | {
+def launch_forward(call: Call, out: Tensor, config: Config, tiles: launch_stored.BiasTiles | None = None) -> None:
+    """Fills out (T_q, H, Dv); `tiles` are the bias's for these blocks, where they are there already."""
+    if tiles is None and config.stored and call.room[0] and launch_stored.loads(call, config, of_keys=False):
+        tiles = launch_stored.fill_bias(call, config, of_keys=False)
+    bias = launch_stored.NO_TILES if tiles is None else tiles.arguments()
+    arguments = call.common(config, of_keys=False) | strides("out", out) | bias | {
         "out": out,
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),
@@ -168,7 +187,7 @@ def start(kernel: Any, call: Call, config: Config, programs: int, arguments: dic
     elif not INTERPRETED:
         kernel[(programs,)](**arguments)
     else:
-        arguments = {name: x for name, x in arguments.items() if name not in ("num_warps", "num_stages")}
+        arguments = {name: x for name, x in arguments.items() if name not in ("num_warps", "num_stages", "maxnreg")}
         kernel[(programs,)](**arguments)
 
 

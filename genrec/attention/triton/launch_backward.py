@@ -9,8 +9,11 @@ says what the rest does:
 * "split": dv, dk, dq and the tables' gradients each come from a kernel of their own; dv and dk from two launches of the
   one over keys. One more product of scores than "rows", but no kernel has two accumulators: at a head dim of 256 there
   are no registers for them.
+* "stored": for a relative bias, which a kernel of its own computes once for all heads, in 16 bits. The kernel over keys
+  stores the gradients of the scores, in 16 bits; one over rows makes dq of them, one over diagonals the tables'
+  gradients. Where there is no room for them (`launch_stored`), another form of the list serves.
 
-Deterministic, dq comes from the kernel over rows in any form, and what adds to a table runs with a copy of it for each
+Deterministic, dq comes from a kernel over rows in any form, and what adds to a table runs with a copy of it for each
 program.
 """
 
@@ -21,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genrec.attention.triton import tuning
-from genrec.attention.triton.configs import Config, Passes
+from genrec.attention.triton import launch_stored, tuning
+from genrec.attention.triton.configs import Config, Passes, candidates
 from genrec.attention.triton.kernels.backward import backward_kernel
 from genrec.attention.triton.kernels.backward_rows import backward_rows_kernel
+from genrec.attention.triton.kernels.backward_stored import stored_tables_kernel
 from genrec.attention.triton.kernels.backward_tables import backward_tables_kernel
 from genrec.attention.triton.launch import INTERPRETED, Call, descriptor, rows_contiguous, start, strides
 
@@ -62,6 +66,9 @@ class Gradients:
         self.copies = 1
         self.passes: Passes = "one"
         self.split = False
+        self.tabled = False
+        self.bias: launch_stored.BiasTiles | None = None
+        self.scores: launch_stored.Scores | None = None
 
     @property
     def shared_dense(self) -> bool:
@@ -77,12 +84,13 @@ class Gradients:
     def begin(self, passes: Passes) -> None:
         """Room for the results of such a form."""
         call, device = self.call, self.call.q.device
-        tabled = (self.needed[0] and call.position is not None) or (self.needed[1] and call.time is not None)
+        self.tabled = (self.needed[0] and call.position is not None) or (self.needed[1] and call.time is not None)
         self.split = passes == "split"
         if self.split or (call.deterministic and passes == "rows"):
             passes = "tables"
-        self.passes = passes if tabled or passes == "rows" else "one"
-        if self.passes == "rows" or self.split or call.deterministic:
+        self.passes = passes if self.tabled or passes in ("rows", "stored") else "one"
+        self.scores = launch_stored.new_scores(call) if passes == "stored" else None
+        if self.passes in ("rows", "stored") or self.split or call.deterministic:
             self.dq, self.dq_sum = torch.empty(call.q.shape, dtype=call.q.dtype, device=device), None
         else:
             self.dq, self.dq_sum = None, torch.zeros(call.q.shape, dtype=torch.float32, device=device)
@@ -126,7 +134,18 @@ class Gradients:
 
 def launch_all(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:
     """All kernels of a form; `config` is that of the kernel over keys that makes dk, the others have their own."""
+    if config.passes == "stored" and not (call.room[1] and launch_stored.loads(call, config, of_keys=True)):  # forced
+        config = next(c for c in candidates("backward", call.shape) if c.passes != "stored")
     gradients.begin(config.passes)
+    if gradients.scores is not None:
+        gradients.bias = launch_stored.fill_bias(call, config, of_keys=True)
+        launch_keys(call, d_out, gradients, config)
+        gradients.bias = None
+        tuning.run("stored_rows", call, lambda c: launch_stored_rows(call, gradients, c))
+        if gradients.tabled:
+            tuning.run("stored_tables", call, lambda c: launch_stored_tables(call, gradients, config, c))
+        gradients.scores = None
+        return
     if gradients.dq is not None:
         tuning.run("backward_rows", call, lambda c: launch_rows(call, d_out, gradients, c))
     if gradients.passes == "tables":
@@ -150,6 +169,7 @@ def launch_keys(call: Call, d_out: Tensor, gradients: Gradients, config: Config)
     arguments = _keys_arguments(call, d_out, config, gradients.split) | tables | {
         "dq_sum": gradients.dq_sum, "dq_descriptor": dq_descriptor,
         "dk": gradients.dk, "dv": None if gradients.split else gradients.dv, "d_dense": d_dense,
+        **_stored(gradients, config),
         **dict(zip(("d_dense_batch", "d_dense_head", "d_dense_row"), dense_strides, strict=True)),
         "SHARED_DENSE": gradients.shared_dense,
     }  # fmt: skip
@@ -162,7 +182,7 @@ def launch_values(call: Call, d_out: Tensor, gradients: Gradients, config: Confi
     nothing = dict.fromkeys(("dk", "dq_sum", "dq_descriptor", "d_position", "d_time", "d_dense"))
     arguments = _keys_arguments(call, d_out, config, True) | nothing | {
         "dv": gradients.dv, "copies": 1, "d_dense_batch": 0, "d_dense_head": 0, "d_dense_row": 0, "SHARED_DENSE": False,
-        "first_work": 0,
+        "first_work": 0, **launch_stored.NO_TILES, **_NO_SCORES,
     }  # fmt: skip
     start(backward_kernel, call, config, pieces, arguments)
 
@@ -178,6 +198,35 @@ def _keys_arguments(call: Call, d_out: Tensor, config: Config, split: bool) -> d
         "d_out_descriptor": descriptor(d_out, config.rows, config),
         "DETERMINISTIC": call.deterministic,
     }  # fmt: skip
+
+
+_NO_SCORES = {"scores": None, "scores_descriptor": None, "cells": 0, "cells_per_row": 0, "CELLS_WIDE": False}
+
+
+def _stored(gradients: Gradients, config: Config) -> dict[str, Any]:
+    """Where the kernel over keys loads the bias and stores the gradients of the scores, if it does."""
+    bias = launch_stored.NO_TILES if gradients.bias is None else gradients.bias.arguments()
+    scores = gradients.scores
+    if scores is None:
+        return bias | _NO_SCORES
+    return bias | scores.arguments() | {"scores_descriptor": scores.descriptor(config.rows, config.keys, config),
+                                        "CELLS_WIDE": scores.places.wide}  # fmt: skip
+
+
+def launch_stored_rows(call: Call, gradients: Gradients, config: Config) -> None:
+    """dq, in the form "stored"."""
+    assert gradients.scores is not None
+    assert gradients.dq is not None
+    launch_stored.launch_stored_rows(call, gradients.scores, gradients.dq, config)
+
+
+def launch_stored_tables(call: Call, gradients: Gradients, writer: Config, config: Config) -> None:
+    """The tables' gradients, in the form "stored"; `writer` is the configuration of the kernel over keys."""
+    assert gradients.scores is not None
+    pieces = call.prepared.bound(True, config.keys) * launch_stored.PARTS
+    tables = _tables("stored", gradients, config, pieces, config.keys, config.keys)
+    arguments = launch_stored.stored_tables_arguments(call, gradients.scores, writer, config) | tables
+    _start_parts(stored_tables_kernel, call, config, pieces, arguments)
 
 
 def launch_rows(call: Call, d_out: Tensor, gradients: Gradients, config: Config) -> None:

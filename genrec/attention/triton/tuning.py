@@ -120,14 +120,14 @@ def facts_of(kind: Kind, call: Call) -> Facts:
         q.device, kind, q.dtype, q.shape[2], call.v.shape[2], q.shape[1],
         call.position is not None, call.time is not None, call.dense is not None,
         call.num_contexts is not None, call.num_targets is not None, call.window >= 0, call.causal,
-        max(0, call.max_kv_len - 1).bit_length(), call.dropout > 0.0, call.deterministic,
+        max(0, call.max_kv_len - 1).bit_length(), call.dropout > 0.0, call.deterministic, call.room,
     )  # fmt: skip
 
 
 def key_of(facts: Facts) -> str:
     """The same in words, for the file."""
     (device, kind, dtype, qk_dim, v_dim, heads, position, time, dense, contexts, targets, window, causal, bits, dropout,
-     deterministic) = facts  # fmt: skip
+     deterministic, room) = facts  # fmt: skip
     bias = {"position": position, "time": time, "dense": dense}
     mask = {"num_contexts": contexts, "num_targets": targets, "window": window, "full": not causal}
     parts = [
@@ -136,6 +136,7 @@ def key_of(facts: Facts) -> str:
         "+".join(name for name, has in bias.items() if has) or "no bias",
         "+".join(name for name, has in mask.items() if has) or "causal",
         f"length {1 << bits}", f"heads {heads}", "dropout" if dropout else "", "deterministic" if deterministic else "",
+        "" if all(room) or not (position or time) else "no room for scores" if room[0] else "no room",
     ]  # fmt: skip
     return ", ".join(part for part in parts if part)
 

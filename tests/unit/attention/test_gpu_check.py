@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 pytest.importorskip("triton")
 from benchmarks import gpu_check
+from genrec.attention.triton import configs
 from tests.parity.grid import GRID
 
 NAMES = {case.name for case in GRID}
@@ -20,7 +23,7 @@ def test_stages_name_cases_and_kernels_that_exist() -> None:
             what, dtype, form = rest
             special = what in ("deterministic", "poisoned", "dropout") or what.startswith("foreign")
             assert (form if special else dtype) in gpu_check.DTYPES
-            assert special or form in ("default", "one", "tables", "rows", "split")
+            assert special or form in ("default", *get_args(configs.Passes))
             assert what.startswith("real") or what == "dropout" or (dtype if special else what) in NAMES
         elif head == "sweep":
             found = gpu_check.variants(rest[0], int(rest[1]), rest[2] == "1")

@@ -17,7 +17,7 @@ from tests.parity.reference import MaskWords
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from genrec.attention.triton import TritonBackend, configs, launch, launch_backward, ops, tuning  # noqa: E402
+from genrec.attention.triton import TritonBackend, configs, launch, launch_backward, launch_stored, ops, tuning  # noqa: E402
 from genrec.attention.triton.configs import Shape  # noqa: E402
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, query_blocks  # noqa: E402
 from genrec.attention.triton.prepared import Prepared, prepared_for  # noqa: E402
@@ -78,7 +78,19 @@ def test_narrow_tiles_of_v_are_widened(dims: tuple[int, int], dtype: torch.dtype
     assert launch._width_beside(odd, shape) == (64 if dims == (128, 32) else width)
 
 
-def test_compiles_without_graph_breaks() -> None:
+STORED: dict[configs.Kind, configs.Config] = {
+    "forward": configs.Config(32, 32, tma=False, stored=True),
+    "backward": configs.Config(32, 32, tma=False, passes="stored"),
+}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_compiles_without_graph_breaks(stored: bool) -> None:
+    with tuning.forced_all(STORED if stored else {}):
+        _check_compiled()
+
+
+def _check_compiled() -> None:
     projection, offsets, bias = _inputs()
     leaves = [projection, bias.position_weight, bias.time_weight]
     arguments = projection, offsets, bias.position_weight, bias.time_weight, bias.timestamps
@@ -90,6 +102,71 @@ def test_compiles_without_graph_breaks() -> None:
         torch.autograd.grad(compiled, leaves, d_out), torch.autograd.grad(eager, leaves, d_out), strict=True
     ):
         torch.testing.assert_close(x, y)
+
+
+def test_a_graph_is_gone_through_twice_and_beside_another_with_the_stored_form() -> None:
+    projection, offsets, bias = _inputs()
+    leaves = [projection, bias.position_weight, bias.time_weight]
+    arguments = projection, offsets, bias.position_weight, bias.time_weight, bias.timestamps
+    d_out = torch.ones_like(projection[..., :16])
+    with tuning.forced_all(STORED):
+        out, other = _attention(*arguments), _attention(2 * projection, *arguments[1:])
+        first = torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+        torch.autograd.grad(other, leaves, d_out)
+        second = torch.autograd.grad(out, leaves, d_out)
+    for x, y in zip(first, second, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def _relative_call(heads: int = 1) -> launch.Call:
+    projection, offsets, bias = _inputs()
+    v, q, k = projection.detach().expand(-1, heads, -1).split(16, dim=-1)
+    return launch.Call(q, k, v, offsets, offsets, None, None, None, bias.position_weight, bias.time_weight,
+                       bias.timestamps, None, None, 60, 60, 1, -1, True, 1.0, 0.1, 0.0, 0, False, False)  # fmt: skip
+
+
+def test_what_is_stored_is_limited_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of 128 x 128 in fp32: here one for each of the two sequences, and one that their offsets may add."""
+    assert launch_stored.places(_relative_call(), 128, 128).tiles == 2
+
+    def room(bias: str, scores: str, heads: int = 1) -> tuple[bool, bool]:
+        monkeypatch.setenv("GENREC_ATTENTION_BIAS_GIB", bias)
+        monkeypatch.setenv("GENREC_ATTENTION_STORED_GIB", scores)
+        launch_stored.limit.cache_clear()
+        return launch_stored.room(_relative_call(heads))
+
+    exact = str(2 * 128 * 128 * 4 / 2**30)
+    try:
+        assert room("", "") == (True, True)
+        assert room("0", "") == (False, False)
+        assert room("-1", "") == (False, False)
+        assert room("", "0") == (True, False)
+        assert room(exact, exact) == (True, True)
+        assert room(exact, exact, heads=2) == (True, False)
+        assert room("1e-5", "") == (False, False)
+        for text in ("four", "nan", "4 GiB"):
+            with pytest.raises(ValueError, match=f"GENREC_ATTENTION_BIAS_GIB='{text}'"):
+                room(text, "")
+            with pytest.raises(ValueError, match=f"GENREC_ATTENTION_STORED_GIB='{text}'"):
+                room("", text)
+    finally:
+        launch_stored.limit.cache_clear()
+    assert launch_stored.room(replace(_relative_call(), position=None, time=None)) == (False, False)
+
+
+def test_16_bits_are_stored_for_the_layouts_of_hopper_alone() -> None:
+    call = _relative_call()
+    for bits, generation, stored in ((32, 8, True), (16, 8, False), (16, 9, True), (16, 10, False)):
+        call.__dict__ |= {"fragments": bits == 16, "generation": generation}
+        assert launch_stored.room(call) == (stored, stored)
+    for config, of_keys, whole in (
+        (configs.Config(128, 64, 4), False, True), (configs.Config(64, 128, 4), True, True),
+        (configs.Config(128, 64, 8), True, False), (configs.Config(32, 64, 4), False, False),
+        (configs.Config(64, 64, 2), False, False),
+    ):  # fmt: skip
+        assert launch_stored.loads(call, config, of_keys) == whole
+    call.__dict__["fragments"] = False
+    assert launch_stored.loads(call, configs.Config(32, 64, 2), False)
 
 
 def test_exports() -> None:
@@ -232,6 +309,14 @@ def test_a_default_has_the_blocks_that_its_kernel_needs() -> None:
         assert all(c.rows >= c.keys for c in configs.candidates("backward_rows", shape))
         found = configs.candidates("backward", shape)
         assert len(set(found)) == len(found)
+        roomy = replace(shape, room_for_bias=bias, room_for_scores=bias)
+        if width == 128 and bits == 16 and hopper and bias:  # measured there
+            assert configs.candidates("forward", roomy)[0].stored
+            assert configs.candidates("backward", roomy)[0].passes == "stored"
+            assert not configs.candidates("forward", replace(roomy, room_for_bias=False))[0].stored
+            assert configs.candidates("backward", replace(roomy, room_for_scores=False)) == found
+        else:
+            assert configs.candidates("backward", roomy) == found
         if bias and bits == 16:
             assert found[0].passes != "one"
             assert {c.passes for c in found} - {"split"} == {"rows", "tables", "one"}

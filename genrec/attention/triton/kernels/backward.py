@@ -14,14 +14,17 @@ import triton
 import triton.language as tl
 
 from genrec.attention.triton.kernels.activation import kept, silu, silu_and_slope, silu_slope
+from genrec.attention.triton.kernels.backward_stored import CELL, cell_line
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.bias_gradient import add_position_gradient, add_time_gradient
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, query_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
+from genrec.attention.triton.kernels.stored import load_fragments, tile_number
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 
 
-@triton.jit(do_not_specialize=["first_work", "copies", "heads", "max_positions", "seed"])
+@triton.jit(do_not_specialize=["bias_per_row", "cells", "cells_per_row", "first_work", "copies", "heads",
+                               "max_positions", "seed"])  # fmt: skip
 def backward_kernel(
     q, k, v, d_out, q_descriptor, k_descriptor, v_descriptor, d_out_descriptor, dq_sum, dq_descriptor, dk, dv,
     d_position, d_time, d_dense,
@@ -29,16 +32,21 @@ def backward_kernel(
     position, time_table, edges, near_edges, kv_times, q_times, row_low, row_high, key_low, key_high, dense,
     q_row, q_head, k_row, k_head, v_row, v_head, d_out_row, d_out_head,
     dense_batch, dense_head, dense_row, d_dense_batch, d_dense_head, d_dense_row,
+    bias_tiles, bias_per_row, scores, scores_descriptor, cells, cells_per_row,
     first_work, copies, heads, max_positions, alpha, scale, dropout, seed,
     QK_DIM: tl.constexpr, V_DIM: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, DETERMINISTIC: tl.constexpr, SHARED_DENSE: tl.constexpr,
+    BIAS_WIDE: tl.constexpr, CELLS_WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dq_sum are contiguous, None for what isn't wanted; without dk there is no gradient of scores either.
 
     d_position is (copies, 2M - 1), d_time (copies, buckets), all fp32 sums. Descriptors of k and v are given where
     nothing is summed over keys: they read what lies beyond a sequence as well.
+
+    bias_tiles are `bias_kernel`'s for the same blocks; then there is neither `position` nor `time_table`. Into `scores`
+    go the gradients of the scores, for `backward_stored`.
 
     Tiles of scores are (KEYS, ROWS): their products with rows then take the scores from registers.
     """
@@ -108,7 +116,12 @@ def backward_kernel(
             # What enters a sum over rows has to be clean; scores of rows beyond the sequence are hidden.
             q_tile = load_rows(q, q_descriptor, q_start, row0, q_len, q_row, h * q_head, QK_DIM, QK_WIDTH, ROWS, CUT,
                                dk is not None)  # fmt: skip
+            if bias_tiles is not None:
+                number = tile_number(q_start, b, m, block, bias_per_row, BIAS_WIDE, ROWS, KEYS)
+                bias = load_fragments(bias_tiles + number * (ROWS * KEYS), KEYS, ROWS)
             x = product(k_tile, tl.trans(q_tile), None, PRECISION) * (alpha * FACTOR)
+            if bias_tiles is not None:
+                x += bias.to(tl.float32)
             d_out_tile = load_rows(d_out, d_out_descriptor, q_start, row0, q_len, d_out_row, h * d_out_head, V_DIM,
                                    V_WIDTH, ROWS, CUT, dv is not None)  # fmt: skip
             if dk is not None and not BIASED:
@@ -153,6 +166,13 @@ def backward_kernel(
                     d_score = tl.where(seen, d_score, 0.0)
                 d_rounded = d_score.to(q_tile.dtype)
                 dk_acc = product(d_rounded, q_tile, dk_acc, PRECISION)
+                if scores is not None:
+                    line = cell_line(q_start, b, row0, key0, cells_per_row, CELLS_WIDE) + h.to(tl.int64) * cells * CELL
+                    if scores_descriptor is not None:
+                        scores_descriptor.store([line.to(tl.int32), row0 % CELL], d_rounded)
+                    else:
+                        e = tl.arange(0, KEYS)[:, None] * CELL + tl.arange(0, ROWS)[None, :]
+                        tl.store(scores + (line * CELL + row0 % CELL) + e, d_rounded)
             if dq_sum is not None:
                 dq = product(tl.trans(d_rounded), k_tile, None, PRECISION) * alpha
                 if dq_descriptor is not None:

@@ -95,6 +95,13 @@ def near_distances(rows, keys, base):
 
 
 @triton.jit
+def reaches(rows, keys, edge):
+    """|rows - keys| >= edge, in 32 bits and for an edge above zero: one comparison without a sign, of what lies beyond
+    -edge with all that lies between the two."""
+    return (rows + (edge - 1) - keys).to(tl.uint32, bitcast=True) > ((edge - 1) * 2).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def far_distances(rows, keys):
     """|rows - keys|, int64, as `time_bucket` clamps them."""
     apart = tl.maximum(rows - keys, -FAR)
@@ -123,11 +130,12 @@ def bucket(distance, near_edges, BUCKETS: tl.constexpr):
 @triton.jit
 def add_time_bias(
     x, i, j, key_times, row_times, kv_len, base, first, last, near, table, edges, near_edges,
-    BUCKETS: tl.constexpr, FACTOR: tl.constexpr,
+    BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALONE: tl.constexpr = False,
 ):  # fmt: skip
     """x + FACTOR * time_weight[bucket(t'_i - t_j)] of a tile.
 
-    Loops over buckets keep the code short; the tiles that look their buckets up are the few near the diagonal.
+    Loops over buckets keep the code short; the tiles that look their buckets up are the few near the diagonal. ALONE is
+    for a kernel that does nothing else, where instructions count; beside products of matrices registers do.
     """
     if near & (last - first > FEW):
         rows, keys = load_times(i, j, key_times, row_times, kv_len)
@@ -138,10 +146,18 @@ def add_time_bias(
         if first < last:
             rows, keys = load_times(i, j, key_times, row_times, kv_len)
             if near:
-                distance = near_distances(rows, keys, base)
+                if ALONE:
+                    near_rows, near_keys = (rows - base).to(tl.int32), (keys - base).to(tl.int32)
+                else:
+                    distance = near_distances(rows, keys, base)
                 for b in range(first + 1, last + 1):
                     next_weight = tl.load(table + b) * FACTOR
-                    x = tl.where(distance >= tl.load(near_edges + b), x + (next_weight - weight), x)
+                    edge = tl.load(near_edges + b)
+                    if ALONE:
+                        far = reaches(near_rows, near_keys, edge)
+                    else:
+                        far = distance >= edge
+                    x = tl.where(far, x + (next_weight - weight), x)
                     weight = next_weight
             else:
                 for b in range(first + 1, last + 1):

@@ -9,21 +9,26 @@ from genrec.attention.triton.kernels.activation import kept, silu
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
+from genrec.attention.triton.kernels.stored import load_fragments, prefetch_tile, tile_number
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 
 
-@triton.jit(do_not_specialize=["heads", "max_positions", "seed"])
+@triton.jit(do_not_specialize=["bias_per_row", "heads", "max_positions", "seed"])
 def forward_kernel(
     q, k, v, out, k_descriptor, v_descriptor,
     q_offsets, kv_offsets, items, count, num_contexts, num_targets, scales,
     position, time_table, edges, near_edges, kv_times, q_times, row_low, row_high, key_low, key_high, dense,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, dense_batch, dense_head, dense_row,
-    heads, max_positions, alpha, scale, dropout, seed,
+    bias_tiles, bias_per_row, heads, max_positions, alpha, scale, dropout, seed,
     QK_DIM: tl.constexpr, V_DIM: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask."""
+    """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask.
+
+    bias_tiles are `bias_kernel`'s for the same blocks; then there is neither `position` nor `time_table`.
+    """
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
     work = tl.program_id(0)
     if work >= tl.load(count) * heads:
@@ -72,9 +77,15 @@ def forward_kernel(
                 row_times = None
                 if q_times is not None:
                     row_times = q_times + (q_start - shift)
+            if bias_tiles is not None:
+                tile = bias_tiles + tile_number(q_start, b, block, n, bias_per_row, BIAS_WIDE, ROWS, KEYS) * (
+                    ROWS * KEYS)  # fmt: skip
+                prefetch_tile(tile, ROWS * KEYS)  # while the products of scores run, without registers
             k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
                                CUT, False)  # fmt: skip
             x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
+            if bias_tiles is not None:
+                x += load_fragments(tile, ROWS, KEYS).to(tl.float32)
             if time_table is not None:
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
                                   span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip

@@ -26,3 +26,13 @@ def gather(table, index):
         return tl.inline_asm_elementwise(
             "{ .reg .b64 a; mad.wide.s32 a, $2, 4, $1; ld.global.nc.b32 $0, [a]; }", "=r,l,r",
             [table.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+
+
+@triton.jit
+def gather_at(table, index):
+    """`gather` of fp32 from a pointer into the table, for indices that are sums: addresses are then constants apart."""
+    if EMULATED:
+        return tl.load(table + index)
+    else:
+        return tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=f,l", [(table + index).to(tl.int64)],
+                                         dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
