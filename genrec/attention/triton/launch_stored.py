@@ -69,17 +69,14 @@ def limit(name: str, default: float) -> float:
 def room(call: Call) -> tuple[bool, bool]:
     """Whether the bias and the gradients of the scores may be stored: a relative bias alone is worth it.
 
-    In 16 bits on Hopper, and under the interpreter: in fp32 a GPU gave a wrong gradient of the time table.
+    In 16 bits on Hopper, and in the interpreter without a GPU: in fp32 a GPU gave a wrong gradient of the time table.
     """
-    if (call.position is None and call.time is None) or not (call.shape.interpreted or _proven(call)):
+    proven = call.generation == 0 or (call.fragments and call.generation == 9)
+    if not proven or (call.position is None and call.time is None):
         return False, False
     cells = places(call, CELL.value, CELL.value).tiles * CELL.value**2 * call.q.element_size()
     bias = cells <= limit("GENREC_ATTENTION_BIAS_GIB", 1.0)
     return bias, bias and cells * call.q.shape[1] <= limit("GENREC_ATTENTION_STORED_GIB", 4.0)
-
-
-def _proven(call: Call) -> bool:
-    return call.fragments and call.generation == 9
 
 
 def loads(call: Call, config: Config, of_keys: bool) -> bool:
