@@ -71,8 +71,7 @@ def room(call: Call) -> tuple[bool, bool]:
 
     In 16 bits on Hopper, and in the interpreter without a GPU: in fp32 a GPU gave a wrong gradient of the time table.
     """
-    proven = call.generation == 0 or (call.fragments and call.generation == 9)
-    if not proven or (call.position is None and call.time is None):
+    if call.generation != (9 if call.fragments else 0) or (call.position is None and call.time is None):
         return False, False
     cells = places(call, CELL.value, CELL.value).tiles * CELL.value**2 * call.q.element_size()
     bias = cells <= limit("GENREC_ATTENTION_BIAS_GIB", 1.0)
