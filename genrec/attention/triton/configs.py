@@ -109,9 +109,10 @@ _WITH_BIAS = {"forward": _FORWARD_WITH_BIAS, "backward": _BACKWARD_WITH_BIAS, "b
 _WIDE = {64: [Config(64, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 32, 8, 1)]}
 _WIDE_BACKWARD = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(16, 16, 8, 1)]}
 _WIDE_ROWS = {64: [Config(32, 32, 4, 1)], 128: [Config(32, 32, 4, 1)], 256: [Config(32, 16, 8, 1)]}
+_WIDE_SQUARES = {width: [Config(32, 32, 4, 1)] for width in (64, 128, 256)}
 _WIDE_LISTS = {
     "forward": _WIDE, "backward": _WIDE_BACKWARD, "backward_values": _WIDE_BACKWARD, "backward_rows": _WIDE_ROWS,
-    "backward_tables": _WIDE_BACKWARD, "stored_rows": _WIDE, "stored_tables": _WIDE,
+    "backward_tables": _WIDE_BACKWARD, "stored_rows": _WIDE, "stored_tables": _WIDE_SQUARES,
 }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def limit(name: str, default: float) -> float:
 def room(call: Call) -> tuple[bool, bool]:
     """Whether the bias and the gradients of the scores may be stored: a relative bias alone is worth it.
 
-    In 16 bits on Hopper, and in the interpreter without a GPU: in fp32 a GPU gave a wrong gradient of the time table.
+    In 16 bits on Hopper, and in the interpreter without a GPU. In fp32 it hasn't been right on a GPU yet.
     """
     if call.generation != (9 if call.fragments else 0) or (call.position is None and call.time is None):
         return False, False
@@ -164,7 +164,13 @@ def launch_stored_rows(call: Call, scores: Scores, dq: Tensor, config: Config) -
 
 
 def stored_tables_arguments(call: Call, scores: Scores, writer: Config, config: Config) -> dict[str, Any]:
-    """All but the tables. `writer` has the blocks of the kernel that stored the scores' gradients."""
+    """All but the tables. `writer` has the blocks of the kernel that stored the scores' gradients.
+
+    Raises:
+        ValueError: Blocks that aren't square.
+    """
+    if config.rows != config.keys:  # times are told for blocks of both
+        raise ValueError(f"The kernel over stored scores goes down diagonals of square blocks, not of {config}.")
     common = call.common(config, of_keys=True)
     whole = writer.rows % config.keys == 0 and writer.keys % config.keys == 0
     arguments = {name: x for name, x in common.items() if name in stored_tables_kernel.arg_names}
