@@ -92,7 +92,8 @@ struct BackwardParams {
   Common common;
   WorkList list;  // tiles of keys
   Output dk, dv;
-  // dQ / (alpha * scale), fp32, zero before the launch (where sequences are stored: zeroed by clear_dq_kernel): (padded tile, head, dqk columns x rows in register order).
+  // dQ / (alpha * scale), fp32, zero before the launch (where sequences are stored: zeroed by clear_dq_kernel): (padded
+  // tile, head, dqk columns x rows in register order).
   float* dq_sum;
   // Null, or (padded tile, head) zeros: how many key tiles have added to that tile of dQ. Fixes the order of sums.
   int* turns;
