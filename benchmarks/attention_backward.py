@@ -157,14 +157,19 @@ class Small:
         return off if off == off else float("inf")
 
 
-def compile_part(dim: int, bias: bool, number: int) -> str:
-    """In a process of its own: into Triton's cache; the kernel is not run. Number -1 is the forward kernel."""
+def compile_only() -> None:
+    """From here on this process compiles what it launches, into Triton's cache, and runs nothing."""
 
     def keep(kernel: Any, call: Any, config: Any, programs: int, arguments: dict[str, Any]) -> None:
         kernel.warmup(**arguments, grid=(programs,))
 
     launch.start = launch_backward.start = keep
     torch.cuda.init()
+
+
+def compile_part(dim: int, bias: bool, number: int) -> str:
+    """In a process of its own: into Triton's cache; the kernel is not run. Number -1 is the forward kernel."""
+    compile_only()
     batch = Batch(Point(4, dim, 256, "full", bias), 512)
     if number < 0:
         batch.attention()

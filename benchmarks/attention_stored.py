@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.attention import TOKENS, Batch, Point, timed  # noqa: E402
-from benchmarks.attention_backward import BOUND, Small, call_of  # noqa: E402
+from benchmarks.attention_backward import BOUND, Small, call_of, compile_only  # noqa: E402
 from genrec.attention import AttentionMask  # noqa: E402
 from genrec.attention.triton import launch, launch_backward, launch_stored, tuning  # noqa: E402
 from genrec.attention.triton.configs import Config, Kind  # noqa: E402
@@ -149,12 +149,7 @@ PASSES = ("as before", "default", "default, contexts and targets")
 
 def compile_part(dim: int, number: int) -> str:
     """In a process of its own: into Triton's cache; nothing is run. Below zero are whole passes."""
-
-    def keep(kernel: Any, call: Any, config: Any, programs: int, arguments: dict[str, Any]) -> None:
-        kernel.warmup(**arguments, grid=(programs,))
-
-    launch.start = launch_backward.start = keep
-    torch.cuda.init()
+    compile_only()
     batch = Batch(Point(4, dim, 256, "full", True), 1024)
     if number < 0:
         if PASSES[number] == PASSES[2]:
