@@ -20,7 +20,7 @@ A timing is the median of at least five runs in some 0.06 s, after a pause: a bu
 steady load of such kernels its power limit lowers the clock (benchmarks/layer.py, benchmarks/training_step.py).
 
 Before anything is timed, the output and gradients of a small batch of each kind are compared with fp64. Triton's
-kernels are compiled beforehand, in a process for each core.
+and flex's kernels are compiled beforehand, in a process for each core.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def time_flash(batch: Batch) -> tuple[Timing, Timing]:
         )
 
 
-def time_flex(batch: Batch) -> tuple[Timing, Timing]:
-    """flex_attention, compiled, with the same mask and scores."""
+def flex_problem(batch: Batch) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
+    """flex_attention, compiled for this shape, with the same mask and scores; leaves and gradient of the output."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, k, v, d_out = _dense(batch)
@@ -220,10 +220,14 @@ def time_flex(batch: Batch) -> tuple[Timing, Timing]:
             return x + positions[j - i + length - 1] + table[bucket]
 
     block_mask = create_block_mask(visible, count, None, length, length, device="cuda")
-    flex = torch.compile(flex_attention)
-    return forward_and_backward(
-        lambda: flex(q, k, v, score_mod=score, block_mask=block_mask), [q, k, v, *batch.tables], d_out
-    )
+    torch.compiler.reset()  # or shapes seen before would make this one's kernels dynamic
+    flex = torch.compile(flex_attention, dynamic=False)
+    return lambda: flex(q, k, v, score_mod=score, block_mask=block_mask), [q, k, v, *batch.tables], d_out
+
+
+def time_flex(batch: Batch) -> tuple[Timing, Timing]:
+    """flex_attention."""
+    return forward_and_backward(*flex_problem(batch))
 
 
 def _dense(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,19 +310,25 @@ def points(quick: bool, contenders: Sequence[str] = CONTENDERS) -> Iterator[tupl
         yield from ((point, "flex") for point in table if fits(point, "flex") and point != main[0])
 
 
-def compile_kernels(point: Point) -> None:
-    """Runs both passes of Triton's kernels once on a small batch of such a kind: they are in its cache then."""
-    batch = Batch(Point(point.heads, point.dim, 512, point.kind, point.bias), 2048)
-    torch.autograd.grad(batch.attention(), [batch.q, batch.k, batch.v, *batch.tables], batch.d_out)
+def compile_kernels(point: Point, contender: str) -> None:
+    """Runs both passes once, so that their kernels are cached: Triton's by a small batch of its kind, flex by itself."""
+    if contender == "flex":
+        forward, leaves, d_out = flex_problem(Batch(point, TOKENS))
+        torch.autograd.grad(forward(), leaves, d_out)
+    else:
+        batch = Batch(Point(point.heads, point.dim, 512, point.kind, point.bias), 2048)
+        torch.autograd.grad(batch.attention(), [batch.q, batch.k, batch.v, *batch.tables], batch.d_out)
     torch.cuda.synchronize()
 
 
 def compile_ahead(wanted: Sequence[tuple[Point, str]]) -> None:
-    """All kernels that these points need, in a process for each core."""
-    kinds = {(p.dim, p.kind == "candidates", p.bias): p for p, contender in wanted if contender == "triton"}
+    """All kernels that these points need, in a process for each core. What fails here fails again where it is timed."""
+    kinds = {(p.dim, p.kind == "candidates", p.bias): (p, name) for p, name in wanted if name == "triton"}
+    jobs = [*kinds.values(), *((p, name) for p, name in wanted if name == "flex")]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(kinds) or 1, os.cpu_count() or 1), mp_context=context) as pool:
-        list(pool.map(compile_kernels, kinds.values()))
+    with ProcessPoolExecutor(min(len(jobs) or 1, os.cpu_count() or 1), mp_context=context) as pool:
+        for job in [pool.submit(compile_kernels, *of) for of in jobs]:
+            job.exception()
 
 
 def ceiling() -> str:
