@@ -311,7 +311,7 @@ def points(quick: bool, contenders: Sequence[str] = CONTENDERS) -> Iterator[tupl
 
 
 def compile_kernels(point: Point, contender: str) -> None:
-    """Runs both passes once, so that their kernels are cached: Triton's by a small batch of its kind, flex by itself."""
+    """Runs both passes once, so that their kernels are cached: Triton's by a small batch of a kind, flex by itself."""
     if contender == "flex":
         forward, leaves, d_out = flex_problem(Batch(point, TOKENS))
         torch.autograd.grad(forward(), leaves, d_out)
