@@ -436,7 +436,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   if (stored) {
     char* data = static_cast<char*>(workspace) + memory.bias_at;
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
-    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
   }
   for (int pass = one.blocks.bias_stored && !stored; pass < 1 + one.blocks.bias_stored; ++pass) {
@@ -495,7 +495,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   if (one.blocks.stored_rows > 0 && one.bias == Bias::kRelative) {
     bias.relative.store = {base + memory.bias_at, params.store.first, params.store.left};
     int* counter = reinterpret_cast<int*>(base) + one.blocks.passes;
-    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, false, most, on);
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
   }
   for (int pass = 0; pass < one.blocks.passes; ++pass) {

@@ -3,38 +3,46 @@
 //
 // dQ and the gradients of the tables are sums of dS: another kernel's work (backward_stored.h), that neither holds
 // products up nor shares their registers. What tells the bias of pairs would: it was told before, once for all heads
-// (BiasStore). What remains is the kernel without a bias (backward_keys.h), whose threads read what they add to their
-// scores straight into registers, half a step ahead: shared memory has no time to spare.
+// (bias_store.h). What remains is the kernel without a bias (backward_keys.h), whose threads read what they add to their
+// scores straight into registers, half a step ahead: shared memory has no time to spare. The bias lies in the order of the
+// forward pass, whose rows are queries; its blocks of 8 x 8 pairs are transposed on their way to the scores.
 #pragma once
 
 #include "attention/backward_pipelined.h"
+#include "attention/bias_store.h"
 
 namespace genrec::attention {
 
 template <class Element_, bool kCausal_>
 struct BiasedKeysShape : PipelinedShape<Element_, 128, kCausal_, false> {
   static constexpr bool kStores = true, kStoredOnly = true, kReadsBias = true;
-  using Parts = CellParts<BiasedKeysShape::kQueries>;
+  using Parts = BiasCell;
+  static_assert(Parts::kRows == BiasedKeysShape::kQueries, "a step's scores are parts");
   struct Params : BackwardParams {
     BiasStore bias;
   };
 };
 
-// A thread's bias of one step.
+// A thread's bias of one step: four words for each 16 queries, each of a block of 8 x 8 pairs.
 struct StepBias {
   uint32_t words[16];
 
-  // `place`: of the warpgroup's part.
-  template <class Parts>
+  // `place`: of the warpgroup's part. The second block lies 8 queries on, the third 8 keys: in the scores S^T it is the
+  // other way round.
   __device__ void read(const BiasStore& store, int place, Lane lane) {
-    static_assert(Parts::kRows == 64 && kCellKeys == 64, "the layout of a part");
-    const uint4* part = static_cast<const uint4*>(store.data) + int64_t{place} * (Parts::kElements / 8);
-    const uint4* from = part + lane.warp * 128 + lane.lane;
+    const uint4* part = static_cast<const uint4*>(store.data) + int64_t{place} * (BiasCell::kElements / 8);
+    const uint4* from = part + stored_bias_at(0, lane.warp, lane.lane);
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const uint4 four = load_written(from + 32 * i);
-      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+      const uint4 four = load_written(from + stored_bias_at(i, 0, 0));
+      words[4 * i] = four.x, words[4 * i + 1] = four.z, words[4 * i + 2] = four.y, words[4 * i + 3] = four.w;
     }
+  }
+
+  // Rows become keys. Not where words are read: that would wait for them.
+  __device__ void transpose() {
+    CUTE_UNROLL
+    for (uint32_t& word : words) word = transposed_matrix(word);
   }
 };
 
@@ -86,7 +94,7 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
       masked = record.masked;
       // Where the row has no cell for the second warpgroup, nothing of it is seen: any bias will do.
       const int place = record.bias + (warpgroup < record.cells ? warpgroup * Parts::kCount : 0);
-      bias.template read<Parts>(p.bias, place, lane);
+      bias.read(p.bias, place, lane);
     };
     const auto issue_scores = [&](const Stage& at) {
       issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
@@ -101,6 +109,7 @@ struct BiasedKeysConsumer : PipelinedLoop<Shape, BiasedKeysConsumer<Shape>> {
       auto weights = make_operand<Element, kQueries>();
       OperandPairs<Element, decltype(weights)> rounded{weights};
       ScorePairs<Element, kQueries / 2, false> derivatives;
+      bias.transpose();
       const BiasedScores<decltype(scores)> biased{scores, bias, p.common.half_alpha};
       weigh<Shape>(biased, rounded, derivatives, 1.f, masked, this->record(q), shared.sights[warpgroup], lane,
                    lane.column());
