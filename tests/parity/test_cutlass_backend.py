@@ -52,8 +52,10 @@ def test_cutlass_repeats_every_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["long128-128", "ties-128", "years-128", "cached_long-128", "very_long_masked_bias", "one_without_a_place"]
-)
+    "name",
+    ["long128-128", "ties-128", "years-128", "cached_long-128", "ties-256", "very_long_masked_bias",
+     "one_without_a_place", "one_without_a_place_masked"],
+)  # fmt: skip
 def test_a_kept_bias_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, whether the backward pass reads what the forward pass left or computes it again."""
     case = next(case for case in CASES if case.name == name)
@@ -70,6 +72,6 @@ def test_a_kept_bias_gives_the_same_gradients(name: str, monkeypatch: pytest.Mon
         inputs = make_case(case, torch.bfloat16, "cuda")
         inputs.options["deterministic"] = True
         runs.append(run_backend("cutlass", inputs)[1])
-    if case.lengths[0] < 2048:
+    if case.qk_dim == 128 and case.lengths[0] < 2048:
         assert min(bytes_kept) > 0
     assert all(torch.equal(runs[0][table], runs[1][table]) for table in runs[0])
