@@ -115,7 +115,33 @@ int32_t check_bias(const genrec_attention_bias& bias) {
   return 0;
 }
 
-int64_t most_stored();
+constexpr const char *kStoredLimit = "GENREC_ATTENTION_STORED_GIB", *kKeptLimit = "GENREC_ATTENTION_KEPT_GIB";
+
+// Bytes that an environment variable gives in GiB; -1: what stands there is no such number.
+int64_t limit_of(const char* name, int64_t otherwise) {
+  const char* text = std::getenv(name);
+  if (text == nullptr) return otherwise;
+  char* end = nullptr;
+  const double gib = std::strtod(text, &end);
+  constexpr double kMost = 1 << 20;
+  return end == text || *end != 0 || !(gib >= 0) || gib > kMost ? -1 : static_cast<int64_t>(gib * (int64_t{1} << 30));
+}
+
+int32_t fail_limit(const char* name) {
+  return fail(std::string(name) + " must be a number of GiB, got '" + std::getenv(name) + "'");
+}
+
+// The most memory that dS may take, or a bias forward, else 4 GiB. Read once: plans depend on it.
+int64_t most_stored() {
+  static const int64_t most = limit_of(kStoredLimit, int64_t{4} << 30);
+  return most;
+}
+
+// The most that a forward pass may keep of its bias for the backward pass, else 1 GiB. Read once, too: both passes ask.
+int64_t most_kept() {
+  static const int64_t most = limit_of(kKeptLimit, int64_t{1} << 30);
+  return most;
+}
 
 // Pointers of tensors aren't looked at: of the bias only what is given.
 int32_t check_problem(const genrec_attention_problem* p, bool backward) {
@@ -132,9 +158,8 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
       return fail("rows must be fewer than 2^31, got " + std::to_string(rows));
   }
   if (check_bias(p->bias) != 0) return -1;
-  if (most_stored() < 0)
-    return fail(std::string("GENREC_ATTENTION_STORED_GIB must be a number of GiB, got '") +
-                std::getenv("GENREC_ATTENTION_STORED_GIB") + "'");
+  if (most_stored() < 0) return fail_limit(kStoredLimit);
+  if (most_kept() < 0) return fail_limit(kKeptLimit);
   const Bias bias = bias_kind(*p);
   // A plan lists the tiles of the kernels without a bias, whatever else it lists.
   if (find(kForward, *p, Bias::kNone) == nullptr || find(kBackward, *p, Bias::kNone) == nullptr ||
@@ -147,20 +172,6 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 }
 
 MaskRule mask_rule(const genrec_attention_problem& p) { return {p.target_group, p.window, p.causal}; }
-
-// The most memory that dS may take, bytes: GENREC_ATTENTION_STORED_GIB, else 4 GiB. Read once: plans depend on it.
-// -1: what stands there is no such number.
-int64_t most_stored() {
-  static const int64_t most = []() -> int64_t {
-    const char* text = std::getenv("GENREC_ATTENTION_STORED_GIB");
-    if (text == nullptr) return int64_t{4} << 30;
-    char* end = nullptr;
-    const double gib = std::strtod(text, &end);
-    constexpr double kMost = 1 << 20;
-    return end == text || *end != 0 || !(gib >= 0) || gib > kMost ? -1 : static_cast<int64_t>(gib * (int64_t{1} << 30));
-  }();
-  return most;
-}
 
 // Cells of dS for each head that are given room. Lengths are not known here: one and a half times what equal ones would
 // take, so that sequences may differ. Those that find no room then have dS computed twice.
@@ -314,22 +325,34 @@ int32_t backward_launches(const genrec_attention_problem& p, const PlanShape& sh
 // Of a stored bias, for all heads.
 int64_t bias_bytes(const PlanShape& shape) { return shape.cells * kCellElements * 2; }
 
-// The forward pass's memory: counters, the bias.
+bool reads_bias(const BackwardInstance& one) { return one.bias == Bias::kRelative && one.blocks.stored_rows > 0; }
+
+// Of the bias that the forward pass leaves for the backward pass, in the places that the plan gives both.
+int64_t kept_bytes(const genrec_attention_problem& p, const PlanShape& shape) {
+  const BackwardInstance* backward = find(kBackward, p, bias_kind(p));
+  if (backward == nullptr || !reads_bias(*backward) || !stores_bias(*find(kForward, p, bias_kind(p)), p)) return 0;
+  const int64_t bytes = bias_bytes(shape);
+  return bytes <= most_kept() ? bytes : 0;
+}
+
+constexpr const char* kNothingKept = "memory was given to keep a bias in, where none is kept";
+
+// The forward pass's memory: counters, the bias where none is kept.
 struct ForwardMemory {
   int64_t zeroed = 64, bias_at = 128, bytes;
 
-  ForwardMemory(const ForwardInstance& one, const genrec_attention_problem& p, const PlanShape& shape)
-      : bytes(stores_bias(one, p) ? bias_at + bias_bytes(shape) : zeroed) {}
+  ForwardMemory(const ForwardInstance& one, const genrec_attention_problem& p, const PlanShape& shape, bool kept)
+      : bytes(stores_bias(one, p) && !kept ? bias_at + bias_bytes(shape) : zeroed) {}
 };
 
 // The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ;
-// dS; the relative bias, where dS is stored with one. All before the sums of dQ is zeroed, and these, too, but where
-// few sequences or none have any: kernels see to those then.
+// dS; the relative bias, where dS is stored with one and none was kept. All before the sums of dQ is zeroed, and these,
+// too, but where few sequences or none have any: kernels see to those then.
 struct BackwardMemory {
   int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
   int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
 
-  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic,
+  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, bool kept,
                  const BackwardLaunches& blocks) {
     const Backward one = find_backward(p);
     const bool stores = one.kernel.blocks.stored_rows > 0, gathers = one.kernel.blocks.gathers();
@@ -346,7 +369,7 @@ struct BackwardMemory {
     stored_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
     zeroed = stores ? sum_at : stored_at;
     bias_at = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
-    bytes = bias_at + (stores && bias_kind(p) == Bias::kRelative ? bias_bytes(shape) : 0);
+    bytes = bias_at + (reads_bias(one.kernel) && !kept ? bias_bytes(shape) : 0);
   }
 
  private:
@@ -374,7 +397,7 @@ using namespace genrec::attention;
 
 const char* genrec_attention_error(void) { return last_error.c_str(); }
 
-int32_t genrec_attention_abi_version(void) { return 4; }
+int32_t genrec_attention_abi_version(void) { return 5; }
 
 const char* genrec_attention_instances(void) {
   static const std::string lines = list_instances();
@@ -399,17 +422,21 @@ int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void
   return error == cudaSuccess ? 0 : fail("plan_kernel", error);
 }
 
-int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
-                                         int32_t deterministic) {
-  if (check_problem(problem, backward != 0) != 0) return -1;
-  const PlanShape shape = plan_shape(*problem);
-  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), *problem, shape).bytes;
-  BackwardLaunches blocks{0, 0};
-  if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
-  return BackwardMemory(*problem, shape, deterministic != 0, blocks).bytes;
+int64_t genrec_attention_kept_bytes(const genrec_attention_problem* problem) {
+  return check_problem(problem, false) != 0 ? -1 : kept_bytes(*problem, plan_shape(*problem));
 }
 
-int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
+int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
+                                         int32_t deterministic, int32_t kept) {
+  if (check_problem(problem, backward != 0) != 0) return -1;
+  const PlanShape shape = plan_shape(*problem);
+  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), *problem, shape, kept != 0).bytes;
+  BackwardLaunches blocks{0, 0};
+  if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
+  return BackwardMemory(*problem, shape, deterministic != 0, kept != 0, blocks).bytes;
+}
+
+int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace, void* kept,
                                  const genrec_attention_tensor* q, const genrec_attention_tensor* k,
                                  const genrec_attention_tensor* v, const genrec_attention_tensor* out, void* stream) {
   if (check_problem(problem, false) != 0 || check_output("out", out) != 0) return -1;
@@ -418,6 +445,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
   const ForwardInstance& one = *find(kForward, p, bias_kind(p));
   const PlanShape shape = plan_shape(p);
+  if (kept != nullptr && kept_bytes(p, shape) == 0) return fail(kNothingKept);
   ForwardParams params{};
   int most = 0;
   if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
@@ -425,7 +453,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  const ForwardMemory memory(one, p, shape);
+  const ForwardMemory memory(one, p, shape, kept != nullptr);
   int* counters = static_cast<int*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
@@ -434,9 +462,9 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   BiasParams bias = bias_params(p.bias);
   const bool stored = stores_bias(one, p);
   if (stored) {
-    char* data = static_cast<char*>(workspace) + memory.bias_at;
+    void* data = kept != nullptr ? kept : static_cast<char*>(workspace) + memory.bias_at;
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
-    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
   }
   for (int pass = one.blocks.bias_stored && !stored; pass < 1 + one.blocks.bias_stored; ++pass) {
@@ -448,7 +476,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,
-                                  int32_t deterministic, const genrec_attention_tensor* q,
+                                  const void* kept, int32_t deterministic, const genrec_attention_tensor* q,
                                   const genrec_attention_tensor* k, const genrec_attention_tensor* v,
                                   const genrec_attention_tensor* d_out, const genrec_attention_tensor* dq,
                                   const genrec_attention_tensor* dk, const genrec_attention_tensor* dv, void* stream) {
@@ -460,6 +488,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
   const auto [one, key_list, query_list] = find_backward(p);
   const PlanShape shape = plan_shape(p);
+  if (kept != nullptr && kept_bytes(p, shape) == 0) return fail(kNothingKept);
   BackwardParams params{};
   int most = 0;
   const bool gathers = one.blocks.gathers();
@@ -476,7 +505,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   BackwardLaunches blocks{};
   if (backward_launches(p, shape, &blocks) != 0) return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  const BackwardMemory memory(p, shape, deterministic != 0, blocks);
+  const BackwardMemory memory(p, shape, deterministic != 0, kept != nullptr, blocks);
   char* base = static_cast<char*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
@@ -492,10 +521,11 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
                            p.bias.d_position};
   const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,
                        p.bias.d_time};
-  if (one.blocks.stored_rows > 0 && one.bias == Bias::kRelative) {
-    bias.relative.store = {base + memory.bias_at, params.store.first, params.store.left};
+  if (reads_bias(one))
+    bias.relative.store = {kept != nullptr ? kept : base + memory.bias_at, params.store.first, params.store.left};
+  if (reads_bias(one) && kept == nullptr) {
     int* counter = reinterpret_cast<int*>(base) + one.blocks.passes;
-    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, false, most, on);
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
   }
   for (int pass = 0; pass < one.blocks.passes; ++pass) {

@@ -67,8 +67,8 @@ struct BackwardInstance {
 };
 
 // Puts the bias of all sequences that have a place into its store (bias_store.h). `list`: tiles of kCellQueries
-// queries; `counter`: zero; `query_rows`: the order of S = Q K^T, else that of its transpose.
+// queries; `counter`: zero.
 cudaError_t fill_bias(const RelativeBias& bias, const WorkList& list, const MaskRule& rule, int* counter,
-                      bool query_rows, int multiprocessors, cudaStream_t stream);
+                      int multiprocessors, cudaStream_t stream);
 
 }  // namespace genrec::attention

@@ -8,6 +8,7 @@
 #include <cutlass/bfloat16.h>
 
 #include "attention/backward.h"
+#include "attention/bias_fill.h"
 #include "attention/dq.h"
 #include "attention/forward.h"
 
@@ -299,13 +300,12 @@ struct FilledBias {
   explicit FilledBias(const Store& store) : places(store), data(size_t(store.cells) * kCellElements, 0x7fff) {}
   BiasStore store() const { return {data.data(), places.first.data(), &places.left}; }
 
-  template <bool kQueryRows>
   bool fill(const Problem& problem) {
     const List list(problem.batch(), ListKind::kQueries, kCellQueries);
     int counter = 0;
     FillParams p{problem.bias.relative(), list.list(), problem.c.rule, &counter};
     p.bias.store = store();
-    return emulator::launch(2, kFillThreads, sizeof(FillShared), [&] { fill_bias_kernel<kQueryRows>(p); });
+    return emulator::launch(2, kFillThreads, sizeof(FillShared), [&] { fill_bias_kernel(p); });
   }
 };
 
@@ -318,7 +318,7 @@ bool storing_forward(const Problem& problem, size_t stored) {
   Matrix out(problem.q.rows, problem.c.heads, problem.c.v_dim, true);
   Store places(problem, stored);
   FilledBias filled(places);
-  bool ran = filled.fill<true>(problem);
+  bool ran = filled.fill(problem);
   int counters[2] = {0, 0};
   ForwardParams base{problem.q.map(), problem.k.map(), problem.v.map(), problem.common(&counters[0]), list.list(),
                      out.output()};
