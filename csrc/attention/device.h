@@ -179,6 +179,13 @@ __device__ inline void add_product(float (&c)[4], uint32_t a0, uint32_t a1, uint
   Mma::fma(c[0], c[1], c[2], c[3], a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]);
 }
 
+// An 8 x 8 matrix of 16-bit elements, two neighbours of row l / 4 in lane l, transposed.
+__device__ inline uint32_t transposed_matrix(uint32_t word) {
+  uint32_t columns;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(word));
+  return columns;
+}
+
 __device__ inline void add_to_shared(int* where, int value) {
   asm volatile("red.relaxed.cta.shared::cta.add.s32 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(where)), "r"(value)
                : "memory");

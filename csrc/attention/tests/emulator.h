@@ -405,6 +405,17 @@ inline void load_matrices_transposed(const char* address, uint32_t (&words)[4]) 
   sync_warp();
 }
 
+inline uint32_t transposed_matrix(uint32_t word) {
+  auto& words = emulator::block().words[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  words[lane] = word;
+  sync_warp();
+  const auto element = [&](int row) { return words[row * 4 + lane / 8] >> lane / 4 % 2 * 16 & 0xffff; };
+  const uint32_t column = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+  sync_warp();
+  return column;
+}
+
 // Whose lane holds which element: as the PTX manual has it (mma.m16n8k16).
 template <class Element>
 void add_product(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
