@@ -143,7 +143,7 @@ struct WideStoringBackward {
     if (pass == kGiveQueries) return launch_plain<Stored>(stored_kernel<Stored>, params, blocks, stream);
     if (pass == kSumTables) {
       const auto all = params_of<Sums>(params, bias);
-      if (!sums_tables<Sums>(all)) return cudaSuccess;
+      if (all.bias.position_sums == nullptr && all.bias.time_sums == nullptr) return cudaSuccess;
       return launch_kernel(table_sums_kernel<Sums>, all, blocks, Sums::kThreads, sizeof(typename Sums::Shared), stream);
     }
     if (pass == kGiveLeftOverValues) return launch_backward<LeftOverValues>(params, bias, blocks, stream);
