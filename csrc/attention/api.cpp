@@ -308,6 +308,14 @@ int blocks_for(int64_t tiles, int heads, int most) {
   return static_cast<int>(units < most ? units : most);
 }
 
+// The list of tiles that a pass goes over.
+int list_of(const Backward& one, int pass) {
+  const BackwardBlocks& blocks = one.kernel.blocks;
+  if (pass == 0 && blocks.plain_keys) return kBackwardKeys;
+  if (pass > 0 && pass <= blocks.stored_passes) return kStoredQueries;
+  return !blocks.gathers() && pass == blocks.passes - 1 ? one.queries : one.keys;
+}
+
 // Blocks of the backward pass's launches: over tiles of keys, and over those of stored dS.
 struct BackwardLaunches {
   int keys, stored;
@@ -486,7 +494,8 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   const genrec_attention_problem& p = *problem;
   if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
-  const auto [one, key_list, query_list] = find_backward(p);
+  const Backward found = find_backward(p);
+  const BackwardInstance& one = found.kernel;
   const PlanShape shape = plan_shape(p);
   if (kept != nullptr && kept_bytes(p, shape) == 0) return fail(kNothingKept);
   BackwardParams params{};
@@ -530,14 +539,14 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   }
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
-    const bool of_stored = pass == 1 && one.blocks.stored_rows > 0;
-    const bool of_queries = !gathers && pass == one.blocks.passes - 1;
-    params.list = shape.list(plan, of_stored ? kStoredQueries : of_queries ? query_list : key_list);
-    int used = of_stored ? blocks.stored : blocks.keys;
-    if (of_queries) {
-      if (one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0) return -1;
-      used = blocks_for(shape.capacity[query_list], p.heads, most);
-    }
+    const int list = list_of(found, pass);
+    const bool of_stored = list == kStoredQueries;
+    params.list = shape.list(plan, list);
+    // Behind those over stored dS passes may read Q and dO by other boxes than the first.
+    const bool others = !gathers || one.blocks.plain_keys;
+    if (others && pass == 1 + one.blocks.stored_passes && one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0)
+      return -1;
+    const int used = blocks_for(shape.capacity[list], p.heads, most);
     const auto sums_of = [&](const SumParams& table) {
       const int64_t before = of_stored ? 0 : memory.stored_copies;
       return table.entries == 0 ? nullptr : const_cast<float*>(table.copies) + before * table.entries;
@@ -553,8 +562,8 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
     if (error != cudaSuccess) return fail("sum_tables_kernel", error);
   }
   if (!gathers) return 0;
-  const ConvertParams convert{common(p, nullptr), shape.list(plan, query_list), params.dq_sum, output(dq, p.qk_dim),
+  const ConvertParams convert{common(p, nullptr), shape.list(plan, found.queries), params.dq_sum, output(dq, p.qk_dim),
                               params.store};
-  error = one.convert(convert, blocks_for(shape.capacity[query_list], p.heads, 16 * most), on);
+  error = one.convert(convert, blocks_for(shape.capacity[found.queries], p.heads, 16 * most), on);
   return error == cudaSuccess ? 0 : fail("convert_dq_kernel", error);
 }

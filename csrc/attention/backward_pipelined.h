@@ -32,7 +32,7 @@ struct StepRecord {
     int rank;   // key tiles that add to dQ before this one, where the order is fixed
     int cells;  // of dS, from that of `place` on, which its row still has
   };
-  int bias;  // where its part lies, of the bias that all heads share
+  int bias;  // where a part lies, of the bias that all heads share: the step's own, or where kBiasAhead the next one's
 };
 
 // Where the record of the step lies whose Q is at a place. There are twice as many as stages, since dQ of a step may be
@@ -95,14 +95,16 @@ __device__ inline int64_t parts_of_heads(const BackwardParams& p, const CellPlac
 
 template <class Shape, class Mask, class Places>
 __device__ inline StepRecord step_record(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
-                                         const ColumnBand& band, const Places& places, int64_t heads_before, int m) {
+                                         const ColumnBand& band, const Places& places, int64_t heads_before, int m,
+                                         int bias_m) {
   constexpr int kQueries = Shape::kQueries;
   StepRecord step;
   step.place = step_place<Shape>(places, m, tile.first);
   step.row = m * kQueries + tile.keys - tile.queries;
   step.masked = !band.all_seen(step.row, step.row + kQueries);
   if constexpr (Shape::kStores) step.cells = step_cells<Shape>(places, m, tile.first);
-  if constexpr (Shape::kReadsBias) step.bias = static_cast<int>(step.place - heads_before);
+  if constexpr (Shape::kReadsBias)
+    step.bias = static_cast<int>(step_place<Shape>(places, bias_m, tile.first) - heads_before);
   if constexpr (Shape::kGathers) step.rank = 0;
   if (Shape::kGathers && p.turns != nullptr) {
     const int end = smaller(step.row + kQueries, tile.keys);
@@ -243,6 +245,7 @@ struct PipelinedShape {
   static constexpr bool kStores = false;       // dS for that kernel (ds_store.h)
   static constexpr bool kStoredOnly = false;   // of sequences that have no place there nothing is computed
   static constexpr bool kReadsBias = false;    // of memory (BiasStore)
+  static constexpr bool kBiasAhead = false;    // records say where the next step's is
   using Params = BackwardParams;
   static constexpr int kQueryBox = kGathers ? (D_ <= 64 ? 128 : 64) : kBoxRows, kKeyBox = kGathers ? 128 : kBoxRows;
   static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
@@ -361,7 +364,9 @@ __device__ inline void load_query_tiles(const BackwardParams& p, typename Shape:
       }
       if constexpr (kWritesRecords) {
         if (loads) {
-          shared.steps[record_place(q, true)] = step_record<Shape>(p, tile, mask, band, places, heads_before, m);
+          const int bias_m = Shape::kBiasAhead ? ranges.tile(smaller(i + 1, count - 1)) : m;
+          shared.steps[record_place(q, true)] =
+              step_record<Shape>(p, tile, mask, band, places, heads_before, m, bias_m);
           shared.q_ring.full[q.stage].arrive();
         }
       }

@@ -19,7 +19,7 @@ using BiasCell = CellParts<64>;
 constexpr int kBiasPartBytes = BiasCell::kElements * 2;
 
 // A place in a part, counted in 16 bytes.
-__device__ inline int stored_bias_at(int warp, int columns16, int lane) { return (warp * 4 + columns16) * 32 + lane; }
+__device__ constexpr int stored_bias_at(int warp, int columns16, int lane) { return (warp * 4 + columns16) * 32 + lane; }
 
 // Parts of 64 queries, one behind the other in the order of keys.
 struct StoredBiasRow {

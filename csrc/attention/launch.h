@@ -20,6 +20,8 @@ struct BackwardBlocks {
   int query_box, key_box;  // rows of the copy engine's boxes
   int dq_rows = 0;  // rows of the tiles of a last pass that gives dQ, by boxes of kBoxRows; 0: dQ is gathered in sums
   int stored_rows = 0;  // rows of the tiles of the second pass, which gives dQ of dS in memory; 0: there is none
+  int stored_passes = 0;  // over those tiles, from the second pass on
+  bool plain_keys = false;  // the first pass has the tiles of keys of the kernels without a bias
 
   bool gathers() const { return dq_rows == 0; }
   int listed_queries() const { return gathers() ? queries : dq_rows; }
