@@ -61,10 +61,11 @@ bool serves(const BackwardInstance& one, const genrec_attention_problem& p) {
   return one.lengths == SequenceLengths::kAll || (one.lengths == SequenceLengths::kLong) == (p.key_rows >= kLongMean * p.sequences);
 }
 
-// Whether the forward pass puts the relative bias into memory first. Measured: that wins for sequences of up to some 2,000
-// keys, whose times are looked up for the most part; longer ones' are told by few edges beside the products.
+// The mean number of keys below which the forward pass puts the relative bias into memory first, by the head dim.
+int64_t stored_mean(int) { return int64_t{1} << 31; }
+
 bool stores_bias(const ForwardInstance& one, const genrec_attention_problem& p) {
-  return one.blocks.bias_stored && p.key_rows < kLongMean * p.sequences;
+  return one.blocks.stores_bias() && p.key_rows < stored_mean(one.dim) * p.sequences;
 }
 
 // The smallest instance that holds the dims. The general mask covers the causal one.
@@ -191,8 +192,10 @@ PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
   const int stored_rows = stored_rows_of(p);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows},
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows, 0},
                   {}, p.sequences, stored_rows > 0 ? stored_cells(p) : 0};
+  const ForwardInstance* stored = find(kForward, p, Bias::kRelative);
+  if (stored != nullptr && stores_bias(*stored, p)) shape.size[kStoredForward] = stored->blocks.stored_queries;
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
@@ -420,8 +423,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   const PlanShape shape = plan_shape(p);
   ForwardParams params{};
   int most = 0;
-  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
-      encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
+  if (encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
@@ -429,22 +431,24 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   int* counters = static_cast<int*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
-  params.list = shape.list(plan, kForwardQueries);
   params.out = output(out, p.v_dim);
   BiasParams bias = bias_params(p.bias);
   const bool stored = stores_bias(one, p);
+  const auto pass = [&](int number, int queries, int box) -> int32_t {
+    if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box) != 0) return -1;
+    params.common = common(p, counters + number);
+    params.list = shape.list(plan, queries);
+    error = one.launch(params, bias, number, blocks_for(shape.capacity[queries], p.heads, most), on);
+    return error == cudaSuccess ? 0 : fail("forward_kernel", error);
+  };
   if (stored) {
     char* data = static_cast<char*>(workspace) + memory.bias_at;
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
     error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
+    if (pass(0, kStoredForward, one.blocks.stored_box) != 0) return -1;
   }
-  for (int pass = one.blocks.bias_stored && !stored; pass < 1 + one.blocks.bias_stored; ++pass) {
-    params.common = common(p, counters + pass);
-    error = one.launch(params, bias, pass, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
-    if (error != cudaSuccess) return fail("forward_kernel", error);
-  }
-  return 0;
+  return pass(one.blocks.stores_bias(), kForwardQueries, one.blocks.queries);
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,

@@ -6,10 +6,9 @@ namespace genrec::attention {
 
 cudaError_t fill_bias(const RelativeBias& bias, const WorkList& list, const MaskRule& rule, int* counter,
                       bool query_rows, int multiprocessors, cudaStream_t stream) {
-  constexpr int kResident = 4;  // blocks of a multiprocessor, as the kernel's launch bounds have it
   const FillParams params{bias, list, rule, counter};
   const auto kernel = query_rows ? fill_bias_kernel<true> : fill_bias_kernel<false>;
-  kernel<<<kResident * multiprocessors, kFillThreads, sizeof(FillShared), stream>>>(params);
+  kernel<<<kFillResident * multiprocessors, kFillThreads, sizeof(FillShared), stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -87,7 +87,7 @@ struct FillParams {
   int* counter;  // zero before the launch
 };
 
-constexpr int kFillThreads = 256;
+constexpr int kFillThreads = 256, kFillResident = 3;  // threads of a block, blocks of a multiprocessor
 constexpr int kFillUnits = 16;  // units of work that 64 queries are cut into, each parts beside each other
 constexpr int kFillParts = 4;   // of a unit, at least
 constexpr int kMostFillEdges = 8;  // that cut 16 rows, beyond which looking weights up is quicker
@@ -363,7 +363,7 @@ struct BiasFiller {
 };
 
 template <bool kQueryRows>
-__global__ void __launch_bounds__(kFillThreads, 4) fill_bias_kernel(const __grid_constant__ FillParams p) {
+__global__ void __launch_bounds__(kFillThreads, kFillResident) fill_bias_kernel(const __grid_constant__ FillParams p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<FillShared*>(memory);
   fill_buckets<kFillThreads>(shared.buckets, p.bias, 0.5f);
