@@ -455,6 +455,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ typename Shape::Params p) {
   if constexpr (Shape::kLeftOver) {
+    wait_for_kernel_before();
     if (p.bias.store.left != nullptr && *p.bias.store.left == 0) return;
   }
   GENREC_SHARED_MEMORY(memory);
@@ -472,6 +473,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
   }
   if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias, 0.5f);
   Shape::kPaired ? sync_pair(Shape::kThreads) : sync_block(Shape::kThreads);
+  if constexpr (Shape::kBiasStored) {
+    wait_for_kernel_before();
+    let_next_kernel_start();
+  }
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();

@@ -16,23 +16,36 @@ int resident_pairs(cudaLaunchConfig_t config) {
   return pairs;
 }
 
+// The kernel starts while the one before it in the stream, which is one of ours, ends.
+template <class Shape>
+cudaError_t launch_behind(const typename Shape::Params& params, int blocks, cudaStream_t stream) {
+  const auto kernel = forward_kernel<Shape>;
+  const int shared = sizeof(typename Shape::Shared);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{dim3(blocks), dim3(Shape::kThreads), static_cast<size_t>(shared), stream, attributes, 1};
+  if (Shape::kPaired) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {2, 1, 1};
+    config.gridDim.x = 2 * blocks;
+    config.gridDim.x = 2 * smaller(blocks, resident_pairs<Shape>(config));
+  }
+  cudaLaunchAttribute& behind = attributes[Shape::kPaired];
+  behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  behind.val.programmaticStreamSerializationAllowed = 1;
+  config.numAttrs = 1 + Shape::kPaired;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 // `blocks`: as many as there are multiprocessors, or units of work if these are fewer.
 template <class Shape>
 cudaError_t launch_forward(const ForwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
-  if constexpr (!Shape::kPaired) {
+  if constexpr (Shape::kBiasStored || Shape::kLeftOver) {
+    return launch_behind<Shape>(params_of<Shape>(params, bias), blocks, stream);
+  } else {
     return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
                          sizeof(typename Shape::Shared), stream);
-  } else {
-    const int shared = sizeof(typename Shape::Shared);
-    const auto kernel = forward_kernel<Shape>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {2, 1, 1};
-    cudaLaunchConfig_t config{dim3(2 * blocks), dim3(Shape::kThreads), static_cast<size_t>(shared), stream, &cluster, 1};
-    config.gridDim.x = 2 * smaller(blocks, resident_pairs<Shape>(config));
-    return cudaLaunchKernelEx(&config, kernel, params_of<Shape>(params, bias));
   }
 }
 

@@ -263,6 +263,8 @@ namespace genrec::attention {
 using FullBarrier = emulator::Barrier;
 using EmptyBarrier = emulator::Barrier;
 
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel_before() {}
 inline void fence_new_barriers() {}
 inline void fence_shared_writes() {}
 inline void fence_global() {}
