@@ -229,9 +229,10 @@ bool check_not_finite() {
 }
 
 // The passes of a relative bias at D = 128, dS of the first `stored` sequences kept in memory.
+template <int kDim>
 bool storing_backward(const Problem& problem, size_t stored) {
   using Keys = BiasedKeysShape<Element, false>;
-  using Stored = StoredSumsShape<Element, D, false, Keys::Parts>;
+  using Stored = StoredSumsShape<Element, kDim, false, typename Keys::Parts>;
   using LeftOver = BackwardShape<Element, D, false, Part::kAll, Bias::kRelative>;
   const List keys(problem.batch(), ListKind::kKeys, Keys::kKeys);
   const List rows(problem.batch(), ListKind::kQueries, Stored::kQueries);
@@ -326,7 +327,7 @@ bool check(const Case& c) {
                                    [](const Lengths& s) { return s.contexts == 0 && s.targets == 0; });
     for (size_t stored : {all, all / 2, size_t{0}}) {
       good = storing_forward<false, true>(problem, stored) && good;
-      if constexpr (D == 128) good = storing_backward(problem, stored) && good;
+      if constexpr (kBias == Bias::kRelative && D == 128) good = storing_backward<D>(problem, stored) && good;
     }
     good = storing_forward<false, false>(problem, all) && good;
     if (plain && c.rule.window < 0 && c.rule.causal) good = storing_forward<true, true>(problem, all) && good;
