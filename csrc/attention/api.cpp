@@ -423,7 +423,10 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   const PlanShape shape = plan_shape(p);
   ForwardParams params{};
   int most = 0;
-  if (encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
+  const bool stored = stores_bias(one, p);
+  const auto encode_queries = [&](int box) { return encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box); };
+  if (encode_queries(stored ? one.blocks.stored_box : one.blocks.queries) != 0 ||
+      encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
@@ -433,12 +436,10 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
   params.out = output(out, p.v_dim);
   BiasParams bias = bias_params(p.bias);
-  const bool stored = stores_bias(one, p);
-  const auto pass = [&](int number, int queries, int box) -> int32_t {
-    if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box) != 0) return -1;
+  const auto pass = [&](int number, int list) -> int32_t {
     params.common = common(p, counters + number);
-    params.list = shape.list(plan, queries);
-    error = one.launch(params, bias, number, blocks_for(shape.capacity[queries], p.heads, most), on);
+    params.list = shape.list(plan, list);
+    error = one.launch(params, bias, number, blocks_for(shape.capacity[list], p.heads, most), on);
     return error == cudaSuccess ? 0 : fail("forward_kernel", error);
   };
   if (stored) {
@@ -446,9 +447,10 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
     error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
-    if (pass(0, kStoredForward, one.blocks.stored_box) != 0) return -1;
+    if (pass(0, kStoredForward) != 0) return -1;
+    if (one.blocks.stored_box != one.blocks.queries && encode_queries(one.blocks.queries) != 0) return -1;
   }
-  return pass(one.blocks.stores_bias(), kForwardQueries, one.blocks.queries);
+  return pass(one.blocks.stores_bias(), kForwardQueries);
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,
