@@ -173,9 +173,11 @@ def test_a_length_that_is_too_small_writes_to_nobody_else(of_keys: bool, monkeyp
         patch.setattr(torch, "empty", framed)
         tiles = launch_stored.fill_bias(call, config, of_keys)
     assert [frame.numel() // 3 for frame in frames] == [found.tiles * 256, found.tiles]
-    assert tiles.data.isnan().sum() == 0 and (tiles.data == 7).sum() < tiles.data.numel()
+    assert tiles.data.isnan().sum() == 0
+    assert (tiles.data == 7).sum() < tiles.data.numel()
     for frame in frames:
-        assert (frame.chunk(3)[0] == 7).all() and (frame.chunk(3)[2] == 7).all()
+        assert (frame.chunk(3)[0] == 7).all()
+        assert (frame.chunk(3)[2] == 7).all()
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="reads what the interpreter writes")
@@ -185,7 +187,8 @@ def test_spans_hold_all_distances_of_their_tiles() -> None:
     gaps = (10 ** (torch.rand(80, generator=draw, dtype=torch.float64) * 11)).long()
     call = _relative_call()
     call = replace(call, timestamps=torch.where(torch.rand(80, generator=draw) < 0.1, -gaps, gaps).cumsum(0))
-    assert call.timestamps is not None and call.time is not None
+    assert call.timestamps is not None
+    assert call.time is not None
     edges = launch._edges(call.time.numel(), call.q.device)[0]
     found = replace(launch_stored.places(call, 16, 8), tiles=400)
     spans = call.prepared.spans(found, call.time.numel(), (60, 60))
@@ -200,8 +203,10 @@ def test_spans_hold_all_distances_of_their_tiles() -> None:
                 buckets = torch.searchsorted(edges, apart.abs(), right=True) - 1
                 span = int(spans[number])
                 first, last, near, ahead = span & 255, span >> 8 & 255, span >> 16 & 1, span >> 17
-                assert first <= buckets.min() and buckets.max() <= last
-                assert near == (apart.abs().max() < 2**30) and ahead == (near and apart.min() >= 0)
+                assert first <= buckets.min()
+                assert buckets.max() <= last
+                assert near == (apart.abs().max() < 2**30)
+                assert ahead == (near and apart.min() >= 0)
                 several += first < last
     assert several > 10
 
