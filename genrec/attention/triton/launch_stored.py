@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from genrec.attention.triton.launch import Call
 
 PARTS = 4
-"""Programs that share the tiles of a block of rows or keys, or of a diagonal."""
+"""Programs that share the tiles of a diagonal."""
+
+FILL_PARTS = 4
+"""Programs that share those of a block of rows or keys whose bias is computed."""
 
 REGISTERS = 1024
 """Of a lane of all warps of a program that waits for memory: two such programs fit a multiprocessor."""
@@ -112,10 +115,10 @@ def fill_bias(call: Call, config: Config, of_keys: bool, lines: int = 32, warps:
         spans = call.prepared.spans(found, call.time.numel(), (call.max_q_len, call.max_kv_len))
     arguments = {name: x for name, x in common.items() if name in bias_kernel.arg_names} | {
         "bias_tiles": tiles, "bias_per_row": found.per_row, "tiles": found.tiles, "spans": spans,
-        "parts": PARTS, "OF_KEYS": of_keys, "WIDE": found.wide,
+        "parts": FILL_PARTS, "OF_KEYS": of_keys, "WIDE": found.wide,
         "LINES": min(lines, config.keys if of_keys else config.rows), "num_warps": warps,
     }  # fmt: skip
-    programs = call.prepared.bound(of_keys, config.keys if of_keys else config.rows) * PARTS
+    programs = call.prepared.bound(of_keys, config.keys if of_keys else config.rows) * FILL_PARTS
     launch.start(bias_kernel, call, config, programs, arguments)
     return BiasTiles(tiles, found)
 
