@@ -75,16 +75,16 @@ def parts() -> list[Part]:
     rows = [(128, 64, 4, 3), (128, 64, 8, 4), (128, 64, 4, 2), (128, 32, 4, 4)]
     tables = [(64, 4, 4, 1024), (64, 4, 8, 1024), (64, 4, 2, 1024), (64, 4, 4, 672)]
     return [
-        *(Part("bias of rows", ("out",), Config(128, 64, warps, 1, stored=True), lines, (("FILL_PARTS", programs),))
-          for lines, warps, programs in fill),
+        *(Part("bias of rows", ("out",), Config(128, 64, warps, 1, stored=True), lines,
+               (("FILL_PARTS", programs),)) for lines, warps, programs in fill),
         *(Part("forward computed", ("out",), Config(*block))
           for block in ((64, 64, 4, 2), (128, 64, 8, 3))),
         *(Part("forward", ("out",), Config(*block, stored=True), 0, (("BIAS_AHEAD", ahead),))
           for *block, ahead in forward),
         *(Part("position alone", (), Config(*block)) for block in ((64, 64, 4, 2), (128, 64, 4, 2))),
         *(Part("no bias", (), Config(*block)) for block in ((128, 64, 4, 2),)),
-        *(Part("bias of keys", ("dk", "dv"), Config(64, 64, warps, 1, passes="stored"), lines, (("FILL_PARTS", programs),))
-          for lines, warps, programs in fill),
+        *(Part("bias of keys", ("dk", "dv"), Config(64, 64, warps, 1, passes="stored"), lines,
+               (("FILL_PARTS", programs),)) for lines, warps, programs in fill),
         *(Part("keys", ("dk", "dv"), Config(*block, passes="stored")) for block in keys),
         *(Part("rows", ("dq",), Config(*block)) for block in rows),
         *(Part("tables", ("d_position", "d_time"), Config(block, block, warps, 1), 0,
