@@ -3,8 +3,8 @@
     python benchmarks/layer_kernels.py [--tokens 131072] [--heads 4] [--head-dim 256] [--only merge]
 
 Each kernel runs in the form of `benchmarks/layer.py --quick` (SiLU on u, v, q, k; u * norm(a); affine norms; bf16). The
-line named "default" is what the library launches; "du apart": where u's gradient has a tensor of its own. Bytes are those
-of the tensors that a kernel must read and write once. Kernels are compiled in several processes before.
+line named "default" is what the library launches; "du apart": where u's gradient has a tensor of its own. Bytes are
+those of the tensors that a kernel must read and write once. Kernels are compiled in several processes before.
 """
 
 from __future__ import annotations

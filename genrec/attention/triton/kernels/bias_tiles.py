@@ -83,7 +83,7 @@ def add_from(x, a, b, more):
         return tl.where(a >= b, x + more, x)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ge.s32 p, $2, $3; mov.f32 $0, $1; @p add.f32 $0, $1, $4; }", "=f,f,r,r,f",
+            "{ .reg .pred p; setp.ge.s32 p, $2, $3; mov.f32 $0, $1; @p add.f32 $0, $1, $4; }", "=&f,f,r,r,f",
             [x, a, b, more], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
 
 
