@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrec._ops import op, untraced
-from genrec.layers.triton._launch import check, loop, on_device, tile
+from genrec.layers.triton._launch import check, loop, on_device, three_at_once, tile
 from genrec.layers.triton.dropout import keep_mask, threshold
 from genrec.layers.triton.norm import (
     affine_kind,
@@ -276,7 +276,7 @@ def _backward_into(
                 *du.stride()[:2], thr,
                 HEAD=head, CONCAT=concat, SILU=silu, NORMED=normed is not None, DROPOUT=thr > 0,
                 AFFINE=affine_kind(weight, groups, width), ROWS=cut.rows, COLS=cut.columns, STAGES=cut.stages,
-                num_warps=cut.warps,
+                num_warps=cut.warps, **three_at_once(cut.warps),
             )  # fmt: skip
     return da, dn, *sum_affine(affine, weight, bias), partial
 
