@@ -226,7 +226,11 @@ def test_a_relative_bias_is_kept_for_the_backward_pass(library: ctypes.CDLL) -> 
     kept = _kept(problem)
     assert kept == 3 * 9 * 192 * 64 * 2
     assert _workspace(problem, kept=1) == 64
-    problem.qk_dim = problem.v_dim = 64
+    problem.qk_dim = problem.v_dim = 256
+    assert _kept(problem) == kept
+    assert _workspace(problem, 1) == _workspace(problem, 1, kept=1) + kept
+    problem.qk_dim = problem.v_dim = 64  # the backward pass computes it
+    assert _workspace(problem) == 128 + kept
     assert _kept(problem) == 0
     good = binding.Matrix(4096, 512, 128)
     with pytest.raises(RuntimeError, match="memory was given to keep a bias in, where none is kept"):
