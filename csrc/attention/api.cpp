@@ -454,7 +454,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   int most = 0;
   const bool stored = one.blocks.stores_bias();
   const auto encode_queries = [&](int box) { return encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box); };
-  if (encode_queries(stored ? one.blocks.stored_box : one.blocks.queries) != 0 ||
+  if (encode_queries(stored ? one.blocks.stored_queries : one.blocks.queries) != 0 ||
       encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
@@ -477,7 +477,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
     error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
     if (pass(0, kStoredForward) != 0) return -1;
-    if (one.blocks.stored_box != one.blocks.queries && encode_queries(one.blocks.queries) != 0) return -1;
+    if (one.blocks.stored_queries != one.blocks.queries && encode_queries(one.blocks.queries) != 0) return -1;
   }
   return pass(stored, kForwardQueries);
 }

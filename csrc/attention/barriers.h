@@ -63,12 +63,6 @@ __device__ inline void arrive_as_warp(const EmptyBarrier& empty) {
   for (int n = 0; n < kArrivalsPerWarp; ++n) empty.arrive();
 }
 
-// The same in both blocks of a pair, each of which waits for the readers of both.
-__device__ inline void release_in_both(const EmptyBarrier& empty) {
-  sync_warp();
-  for (int n = threadIdx.x % 32; n < 2 * kArrivalsPerWarp; n += 32) empty.arrive(n % 2);
-}
-
 // Consumer warpgroups issue their matrix products in turn: while one has the tensor cores, the others compute SiLU.
 // Turn w is the named barrier kFirstTurn + w; 128 threads wait for it, the 128 of the warpgroup before arrive.
 constexpr uint32_t kFirstTurn = 1, kDsWritten = 5, kDsRead = 6, kTurnTaken = 7;

@@ -47,12 +47,12 @@ struct StoredBias {
   static constexpr int kParts = kKeys / kCellKeys;
   uint4 quads[kParts][4];
 
-  __device__ void load(const StoredBiasRow& row, int tile, Lane lane) {
+  // `tile`: its parts in shared memory, one behind the other.
+  __device__ void read(const uint4* tile, Lane lane) {
     CUTE_UNROLL
     for (int n = 0; n < kParts; ++n) {
-      const uint4* from = row.part(tile * kParts + n) + stored_bias_at(lane.warp, 0, lane.lane);
       CUTE_UNROLL
-      for (int c = 0; c < 4; ++c) quads[n][c] = load_written(from + 32 * c);
+      for (int c = 0; c < 4; ++c) quads[n][c] = tile[n * (kBiasPartBytes / 16) + stored_bias_at(lane.warp, c, lane.lane)];
     }
   }
 
@@ -73,8 +73,6 @@ struct StoredBias {
 };
 
 template <>
-struct StoredBias<0> {
-  __device__ void load(const StoredBiasRow&, int, Lane) {}
-};
+struct StoredBias<0> {};
 
 }  // namespace genrec::attention

@@ -47,20 +47,6 @@ __device__ inline void load_tile(const CUtensorMap& map, FullBarrier& full, Elem
   }
 }
 
-// The share that block `rank` of a pair has in a tile of both: every second chunk, or, where there is one only, the tile
-// or nothing. Each of the two has told its own `full` of kTileBytes bytes.
-template <class Element, int kRows, int D>
-__device__ inline void load_share(const CUtensorMap& map, FullBarrier& full, Element* tile, int row, int head, int rank,
-                                  int alone) {
-  constexpr int kChunks = D / kChunk<D>;
-  if (kChunks == 1 && rank != alone) return;
-  CUTE_UNROLL
-  for (int c = 0; c < (kChunks + 1) / 2; ++c) {
-    const int own = kChunks == 1 ? 0 : 2 * c + rank;
-    load_box_for_both<kRows, kChunk<D>>(map, full, tile + own * kRows * kChunk<D>, own * kChunk<D>, head, row);
-  }
-}
-
 // A 128-byte-swizzled (queries, keys) matrix, queries contiguous: chunks of 64 queries, each kKeys rows of 128 bytes.
 template <class Element, int kQueries, int kKeys>
 using ScoreLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Element>{},

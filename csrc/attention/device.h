@@ -34,6 +34,9 @@ __device__ inline void fence_new_barriers() { cutlass::arch::fence_barrier_init(
 // warp come here.
 __device__ inline void keep_order() { __syncwarp(); }
 
+// The compiler moves no accesses of memory across. Waiting for a barrier alone does not tell it that others write.
+__device__ inline void keep_accesses() { asm volatile("" ::: "memory"); }
+
 // What this thread wrote to shared memory becomes visible to the tensor cores and the copy engine.
 __device__ inline void fence_shared_writes() { cutlass::arch::fence_view_async_shared(); }
 
@@ -113,56 +116,12 @@ __device__ inline void load_box(const CUtensorMap& map, FullBarrier& full, Eleme
   cute::SM90_TMA_LOAD_3D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, to, column, head, row);
 }
 
-// Two blocks of a cluster, which run at the same time and reach each other's shared memory: which one this is.
-__device__ inline int block_of_pair() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-
-// Waits for all threads of both; a warp's lanes may come here one by one.
-__device__ inline void sync_pair(int) {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// load_box to the same place in both blocks; the `full` of each has been told of the bytes, or will be.
-template <int kRows, int kColumns, class Element>
-__device__ inline void load_box_for_both(const CUtensorMap& map, FullBarrier& full, Element* to, int column, int head,
-                                         int row) {
-  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, reinterpret_cast<uint64_t*>(&full), 3, kHint, to, column, head, row);
-}
-
-// A word to the same place in the second block of a pair, whose `full` is told of its 4 bytes there.
-__device__ inline void send_to_second(int* to, FullBarrier& full, int word) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 place, told;\n"
-      "mapa.shared::cluster.u32 place, %0, 1;\n"
-      "mapa.shared::cluster.u32 told, %1, 1;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [place], %2, [told];\n"
-      "}" ::"r"(cute::cast_smem_ptr_to_uint(to)),
-      "r"(cute::cast_smem_ptr_to_uint(&full)), "r"(word)
-      : "memory");
-}
-
-// Until what the other block sent is there.
-__device__ inline void wait_for_word(const FullBarrier& full, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(cute::cast_smem_ptr_to_uint(&full)),
-      "r"(parity)
-      : "memory");
-}
-
-// `bytes` bytes to shared memory; `full` has been told of them. Addresses and size are multiples of 16. Read once: the L2
-// cache need not keep them.
+// `bytes` bytes to shared memory; `full` has been told of them. Addresses and size are multiples of 16. kOnce: nobody else
+// reads them, the L2 cache need not keep them.
+template <bool kOnce = true>
 __device__ inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
-  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+  constexpr uint64_t kHint = static_cast<uint64_t>(kOnce ? cute::TMA::CacheHintSm90::EVICT_FIRST
+                                                         : cute::TMA::CacheHintSm90::EVICT_NORMAL);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           cute::cast_smem_ptr_to_uint(to)),

@@ -6,14 +6,8 @@
 // next runs while P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside
 // another's products. With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by
 // turns (bias.h): one alone waits for memory longer than the products take. From D = 64 on that is for sequences that
-// are left over: the others' bias is in memory (bias_store.h), whence each thread loads its own a tile ahead.
-//
-// A bias in memory is half as much again as keys and values, and the L2 cache has no more to give. Therefore two blocks
-// are a pair, a cluster: neighbouring tiles of queries, the same keys and values, of which each loads one half for
-// both. A buffer is free when the consumers of both blocks have given it back. Both go through the key tiles that either
-// needs; those at the end that are not its own a block gives back unread. Under a causal mask that is one, of the upper
-// tile of queries: blocks are upper and lower by turns. A second thread takes units of work, the first block's for
-// both, and reads what is known of them before they are asked for.
+// are left over: the others' bias is in memory (bias_store.h), and the copy engine brings each warpgroup's part of a tile
+// to shared memory. Loads by the threads that need it took longer: they pass through what products need most.
 #pragma once
 
 #include "attention/barriers.h"
@@ -23,9 +17,8 @@
 
 namespace genrec::attention {
 
-// kBiasStored_: the relative bias is in memory. kPaired_: blocks share keys and values by twos.
-template <class Element_, int D_, bool kCausal_, Bias kBias_ = Bias::kNone, bool kBiasStored_ = false,
-          bool kPaired_ = kBiasStored_>
+// kBiasStored_: the relative bias is in memory.
+template <class Element_, int D_, bool kCausal_, Bias kBias_ = Bias::kNone, bool kBiasStored_ = false>
 struct ForwardShape {
   using Element = Element_;
   static constexpr int D = D_;
@@ -34,21 +27,15 @@ struct ForwardShape {
   static constexpr bool kBiasStored = kBiasStored_;
   static constexpr bool kRelative = kBias == Bias::kRelative && !kBiasStored;  // and is prepared here
   static constexpr bool kLeftOver = kRelative && D >= 64;  // serves sequences that have no place in a store
-  static constexpr bool kPaired = kPaired_;
-  static_assert(kBiasStored || !kPaired, "units are taken for a pair where a thread of their own takes them");
-  // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three), a bias that is
-  // loaded N / 4.
+  // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three).
   static constexpr int kConsumers = D <= 64 && !kBiasStored ? 3 : 2;
   static constexpr int kQueries = 64 * kConsumers;
-  static constexpr int kUnitQueries = kPaired ? 2 * kQueries : kQueries;  // of a unit of work, a tile of the list
   static constexpr int kKeys = D == 256 ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
   static constexpr bool kBiasAhead = D > 64;  // registers left for the bias before the scores are there
-  // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB. Pairs wait for each other: they have room for one more
-  // tile of values, which are given back later than keys.
+  // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
   static constexpr int kQueryStages = D == 256 ? 1 : 2;
   static constexpr int kKeyStages = D <= 64 ? 4 : 2;
-  static constexpr int kValueStages = kPaired && D > 64 ? 3 : kKeyStages;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
@@ -67,52 +54,36 @@ struct ForwardShape {
   using Params = cute::conditional_t<kBias == Bias::kNone, ForwardParams, BiasedParams<ForwardParams, kBias>>;
   using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kQueries, kKeys, kBiasWarps, true>, NoBiasMemory>;
 
+  // Of a bias in memory, each warpgroup's part of a tile.
+  struct StoredBiasMemory {
+    alignas(128) uint4 tiles[kConsumers][kKeys / kCellKeys * kBiasPartBytes / 16];
+    Ring<1> rings[kConsumers];
+  };
+
   struct Work {
     TileRecord tile;
     int head;
-    cute::conditional_t<kBiasStored, StoredBiasRow[kConsumers], NoBiasMemory> bias;
   };
 
   struct alignas(1024) Shared {
     alignas(1024) Element q[kQueryStages][kQueries * D];
     alignas(1024) Element k[kKeyStages][kKeys * D];
-    alignas(1024) Element v[kValueStages][kKeys * D];
+    alignas(1024) Element v[kKeyStages][kKeys * D];
     Ring<kQueryStages> q_ring;
-    Ring<kKeyStages> k_ring;
-    Ring<kValueStages> v_ring;
+    Ring<kKeyStages> k_ring, v_ring;
     Ring<2> work_ring;
     Work work[2];
     BiasMemory bias;
-    Ring<1> unit_ring;  // of a pair: full in the second block, empty in the first
-    int unit;           // that the first block took
+    cute::conditional_t<kBiasStored, StoredBiasMemory, NoBiasMemory> stored_bias;
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
 
-// The tiles of keys that a unit of work needs; all roles ask, and must agree. `tile`: the block's own of the unit.
+// The tiles of keys that a tile of queries needs; both roles ask, and must agree.
 template <class Shape>
 __device__ inline TileRanges forward_key_tiles(const SequenceMask<Shape::kCausal>& mask, const TileRecord& tile) {
-  const int first = Shape::kPaired ? tile.first / Shape::kUnitQueries * Shape::kUnitQueries : tile.first;
-  const int i0 = first + tile.keys - tile.queries;
-  return mask.key_tiles(i0, smaller(i0 + Shape::kUnitQueries, tile.keys), Shape::kKeys);
-}
-
-// How many of them, up to the last that the block's own rows need. Others among them are masked.
-template <class Shape>
-__device__ inline int forward_own_tiles(const SequenceMask<Shape::kCausal>& mask, const TileRecord& tile,
-                                        const TileRanges& ranges) {
-  if (!Shape::kPaired) return ranges.count();
-  if (tile.first >= tile.queries) return 0;
   const int i0 = tile.first + tile.keys - tile.queries;
-  const TileRanges own = mask.key_tiles(i0, smaller(i0 + Shape::kQueries, tile.keys), Shape::kKeys);
-  const int count = own.count();
-  return count == 0 ? 0 : ranges.rank(own.tile(count - 1) + 1);
-}
-
-// Units of work that blocks, or pairs of them, begin with.
-template <class Shape>
-__device__ inline int first_forward_units() {
-  return static_cast<int>(gridDim.x) / (Shape::kPaired ? 2 : 1);
+  return mask.key_tiles(i0, smaller(i0 + Shape::kQueries, tile.keys), Shape::kKeys);
 }
 
 // The first unit from w on, of those that the block takes, whose sequence is the kernel's.
@@ -121,63 +92,18 @@ __device__ inline int pick_forward_unit(const typename Shape::Params& p, int w, 
   if constexpr (Shape::kLeftOver || Shape::kBiasStored) {
     while (w < units &&
            is_stored(p.bias.store, p.list.tiles[work_unit(w, p.common.heads).tile].sequence) != Shape::kBiasStored)
-      w = add_atomically(p.common.counter, 1) + first_forward_units<Shape>();
+      w = add_atomically(p.common.counter, 1) + static_cast<int>(gridDim.x);
   }
   return w;
 }
 
-// The thread that brings tiles.
-template <class Shape>
-struct ForwardLoader {
-  using Element = typename Shape::Element;
-  static constexpr int D = Shape::D;
-  const typename Shape::Params& p;
-  typename Shape::Shared& shared;
-  Place<Shape::kQueryStages> q{1};
-  Place<Shape::kKeyStages> k{1};
-  Place<Shape::kValueStages> v{1};
-
-  // Calls before(n) before it loads the n-th of the unit's key tiles.
-  template <class Before>
-  __device__ void unit(const TileRecord& tile, int head, const TileRanges& ranges, Before before) {
-    shared.q_ring.empty[q.stage].wait(q.parity);
-    shared.q_ring.full[q.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kQueries, D>);
-    load_tile<Element, Shape::kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage],
-                                           tile.query_start + tile.first, head);
-    q.next();
-    const auto row = [&](int n) { return tile.key_start + ranges.tile(n) * Shape::kKeys; };
-    // In the order in which they are waited for: K0 K1 V0 K2 V1 ... Any other would let one load wait for a buffer
-    // that only a later one's consumer gives back.
-    const int count = ranges.count();
-    CUTE_NO_UNROLL
-    for (int n = 0; n < count; ++n) {
-      before(n);
-      rows(p.k, shared.k_ring, k, shared.k, row(n), head, 0);
-      if (n > 0) rows(p.v, shared.v_ring, v, shared.v, row(n - 1), head, 1);
-    }
-    if (count > 0) rows(p.v, shared.v_ring, v, shared.v, row(count - 1), head, 1);
-  }
-
- private:
-  template <int kStages>
-  __device__ void rows(const CUtensorMap& map, Ring<kStages>& ring, Place<kStages>& at,
-                       Element (&tiles)[kStages][Shape::kKeys * D], int row, int head, int alone) {
-    ring.empty[at.stage].wait(at.parity);
-    ring.full[at.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
-    if constexpr (Shape::kPaired) {
-      load_share<Element, Shape::kKeys, D>(map, ring.full[at.stage], tiles[at.stage], row, head, block_of_pair(), alone);
-    } else {
-      load_tile<Element, Shape::kKeys, D>(map, ring.full[at.stage], tiles[at.stage], row, head);
-    }
-    at.next();
-  }
-};
-
-// That thread where it takes the units of work, too.
 template <class Shape>
 __device__ inline void forward_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
-  ForwardLoader<Shape> load{p, shared};
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D;
   Place<2> work(1);
+  Place<Shape::kQueryStages> q(1);
+  Place<Shape::kKeyStages> k(1), v(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
   for (int w = blockIdx.x;; work.next()) {
     w = pick_forward_unit<Shape>(p, w, units);
@@ -189,80 +115,74 @@ __device__ inline void forward_produce(const typename Shape::Params& p, typename
     }
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
-    w = add_atomically(p.common.counter, 1) + first_forward_units<Shape>();  // used only after the loads below
+    const int following = add_atomically(p.common.counter, 1) + static_cast<int>(gridDim.x);  // used only after the loads below
     shared.work[work.stage].tile = tile, shared.work[work.stage].head = unit.head;
-    shared.work_ring.full[work.stage].arrive();
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-    load.unit(tile, unit.head, forward_key_tiles<Shape>(mask, tile), [](int) {});
+    const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+    shared.work_ring.full[work.stage].arrive();
+
+    const auto load_keys = [&](int n) {
+      shared.k_ring.empty[k.stage].wait(k.parity);
+      shared.k_ring.full[k.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
+      load_tile<Element, Shape::kKeys, D>(p.k, shared.k_ring.full[k.stage], shared.k[k.stage],
+                                          tile.key_start + n * Shape::kKeys, unit.head);
+      k.next();
+    };
+    const auto load_values = [&](int n) {
+      shared.v_ring.empty[v.stage].wait(v.parity);
+      shared.v_ring.full[v.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kKeys, D>);
+      load_tile<Element, Shape::kKeys, D>(p.v, shared.v_ring.full[v.stage], shared.v[v.stage],
+                                          tile.key_start + n * Shape::kKeys, unit.head);
+      v.next();
+    };
+    shared.q_ring.empty[q.stage].wait(q.parity);
+    shared.q_ring.full[q.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kQueries, D>);
+    load_tile<Element, Shape::kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage],
+                                           tile.query_start + tile.first, unit.head);
+    q.next();
+    // In the order in which they are waited for: K0 K1 V0 K2 V1 ... Any other would let one load wait for a buffer
+    // that only a later one's consumer gives back.
+    const int count = ranges.count();
+    CUTE_NO_UNROLL
+    for (int n = 0; n < count; ++n) {
+      load_keys(ranges.tile(n));
+      if (n > 0) load_values(ranges.tile(n - 1));
+    }
+    if (count > 0) load_values(ranges.tile(count - 1));
+    w = following;
   }
 }
 
-// And where another takes them: a unit's room is given back some tiles before the next one's last is loaded. The one
-// behind that is taken then, neither sooner nor later than it takes to read what is known of it.
+// The thread that brings the parts of a bias in memory.
 template <class Shape>
-__device__ inline void forward_load(const typename Shape::Params& p, typename Shape::Shared& shared) {
-  constexpr int kAhead = 512 / Shape::kKeys;
-  ForwardLoader<Shape> load{p, shared};
+__device__ inline void forward_load_bias(const typename Shape::Params& p, typename Shape::Shared& shared) {
+  constexpr int kParts = Shape::kKeys / kCellKeys;
   Place<2> work(0);
-  for (bool first = true;; first = false, work.next()) {
+  Place<1> at(1);
+  for (;; work.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
+    keep_accesses();
     const TileRecord tile = shared.work[work.stage].tile;
-    const int head = shared.work[work.stage].head;
+    arrive_as_warp(shared.work_ring.empty[work.stage]);
     if (tile.sequence < 0) return;
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
-    const int last = larger(0, ranges.count() - kAhead);
-    const auto take_another = [&](int n) {
-      if (n == last && !first) arrive_as_warp(shared.work_ring.empty[1 - work.stage]);
-    };
-    if (ranges.count() == 0) take_another(0);
-    load.unit(tile, head, ranges, take_another);
-  }
-}
-
-// The thread that takes units of work: of a pair the first block's takes them, the second's is sent their numbers.
-template <class Shape>
-__device__ inline void forward_take_units(const typename Shape::Params& p, typename Shape::Shared& shared) {
-  constexpr bool kPaired = Shape::kPaired;
-  const int heads = p.common.heads, units = *p.list.length * heads, block = kPaired ? block_of_pair() : 0;
-  Place<2> work(1);
-  Place<1> sent(1 - block);
-  for (int n = 0;; ++n, work.next(), sent.next()) {
-    shared.work_ring.empty[work.stage].wait(work.parity);
-    int w;
-    if (block == 0) {
-      w = n == 0 ? static_cast<int>(blockIdx.x) / (kPaired ? 2 : 1)
-                 : add_atomically(p.common.counter, 1) + first_forward_units<Shape>();
-      w = pick_forward_unit<Shape>(p, w, units);
-      if constexpr (kPaired) {
-        shared.unit_ring.empty[0].wait(sent.parity);
-        send_to_second(&shared.unit, shared.unit_ring.full[0], w);
+    StoredBiasRow rows[Shape::kConsumers];
+    CUTE_UNROLL
+    for (int c = 0; c < Shape::kConsumers; ++c) rows[c] = StoredBiasRow(p.bias.store, tile, mask, tile.first / 64 + c);
+    const int count = ranges.count();
+    CUTE_NO_UNROLL
+    for (int n = 0; n < count; ++n, at.next()) {
+      CUTE_UNROLL
+      for (int c = 0; c < Shape::kConsumers; ++c) {
+        Ring<1>& ring = shared.stored_bias.rings[c];
+        ring.empty[0].wait(at.parity);
+        ring.full[0].arrive_and_expect_tx(kParts * kBiasPartBytes);
+        for (int m = 0; m < kParts; ++m)
+          copy_in_bulk<false>(shared.stored_bias.tiles[c] + m * (kBiasPartBytes / 16),
+                              rows[c].part(ranges.tile(n) * kParts + m), kBiasPartBytes, ring.full[0]);
       }
-    } else if constexpr (kPaired) {
-      shared.unit_ring.full[0].arrive_and_expect_tx(sizeof(int));
-      wait_for_word(shared.unit_ring.full[0], sent.parity);
-      w = shared.unit;
-      shared.unit_ring.empty[0].arrive(0u);
     }
-    if (w >= units) {
-      shared.work[work.stage].tile.sequence = -1;
-      shared.work_ring.full[work.stage].arrive();
-      return;
-    }
-    const WorkUnit unit = work_unit(w, heads);
-    TileRecord tile = p.list.tiles[unit.tile];
-    if (kPaired) tile.first += Shape::kQueries * ((n + block) % 2);
-    shared.work[work.stage].tile = tile, shared.work[work.stage].head = unit.head;
-    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-    const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
-    for (int c = 0; c < Shape::kConsumers; ++c) {
-      const StoredBiasRow row(p.bias.store, tile, mask, tile.first / 64 + c);
-      shared.work[work.stage].bias[c] = row;
-      if (ranges.count() == 0) continue;
-      constexpr int kColumns = Shape::kKeys / kCellKeys;  // the first tile's: nothing is done before they are there
-      for (int m = 0; m < kColumns; ++m) prefetch_to_l2(row.part(ranges.tile(0) * kColumns + m), kBiasPartBytes);
-    }
-    shared.work_ring.full[work.stage].arrive();
   }
 }
 
@@ -326,30 +246,26 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
   const auto k_tile = operand_b(score_slice, make_tensor(
       make_smem_ptr(shared.k[0]), TileLayout<Element, Shape::kKeys, D, Shape::kKeyStages>{}));
   const auto v_tile = operand_b(out_slice, make_tensor(
-      make_smem_ptr(shared.v[0]), TransposedLayout<Element, Shape::kKeys, D, Shape::kValueStages>{}));
+      make_smem_ptr(shared.v[0]), TransposedLayout<Element, Shape::kKeys, D, Shape::kKeyStages>{}));
 
   const Lane lane;
   const Turns<Shape::kConsumers> turns(warpgroup);
   Place<2> work(0);
   Place<Shape::kQueryStages> q(0);
-  Place<Shape::kKeyStages> k(0);
-  Place<Shape::kValueStages> v(0);
-  Place<larger(Shape::kBiasWarps, 1)> bias(0);
-  const auto give_back = [](const EmptyBarrier& empty) { Shape::kPaired ? release_in_both(empty) : release(empty); };
+  Place<Shape::kKeyStages> k(0), v(0);
+  Place<larger(Shape::kBiasWarps, 1)> bias(0);  // or of the part of a stored one
   for (;; work.next(), q.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const TileRecord tile = shared.work[work.stage].tile;
     // With a relative bias it is kept until the unit is done: what is rarely asked for is read again, for want of registers.
     conditional_t<Shape::kRelative, const Work&, const Work> unit = shared.work[work.stage];
     const auto release_unit = [&] { release(shared.work_ring.empty[work.stage]); };
-    StoredBiasRow stored;
-    if constexpr (Shape::kBiasStored) stored = shared.work[work.stage].bias[warpgroup];
     if (!Shape::kRelative) release_unit();
     if (tile.sequence < 0) break;
 
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
-    const int count = forward_own_tiles<Shape>(mask, tile, ranges), i0 = tile.first + tile.keys - tile.queries;
+    const int count = ranges.count(), i0 = tile.first + tile.keys - tile.queries;
     const int i1 = smaller(i0 + Shape::kQueries, tile.keys), row = i0 + 64 * warpgroup + lane.row();
     const RowSight low = mask.row(row), high = mask.row(row + 8);
     const RowBand band = mask.rows(i0, i1);
@@ -363,14 +279,18 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         times[half] = static_cast<uint32_t>(query_time(8 * half));
     }
     BiasValues<Shape::kKeys / 2, Shape::kBiasAhead> values;
+    StoredBias<Shape::kBiasStored ? Shape::kKeys : 0> stored;
     const auto read_bias = [&] {  // beside the products that give the scores
+      if constexpr (Shape::kBiasStored) {
+        shared.stored_bias.rings[warpgroup].full[0].wait(bias.parity);
+        keep_accesses();
+        stored.read(shared.stored_bias.tiles[warpgroup], lane);
+      }
       if constexpr (Shape::kRelative) {
         shared.bias.ring.full[bias.stage].wait(bias.parity);
         values.read(shared.bias.tiles[bias.stage], fixed_row, lane.column());
       }
     };
-    StoredBias<Shape::kBiasStored ? Shape::kKeys : 0> loaded;
-    if (Shape::kBiasStored && count > 0) loaded.load(stored, ranges.tile(0), lane);
     const auto to_weights = [&](auto& scores, int n) {
       const int j0 = ranges.tile(n) * Shape::kKeys;
       if constexpr (Shape::kRelative) {
@@ -380,8 +300,9 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         release(shared.bias.ring.empty[bias.stage]);
         bias.next();
       } else if constexpr (Shape::kBiasStored) {
-        loaded.add_to(scores, p.common.half_alpha);
-        if (n + 1 < count) loaded.load(stored, ranges.tile(n + 1), lane);
+        stored.add_to(scores, p.common.half_alpha);
+        release(shared.stored_bias.rings[warpgroup].empty[0]);  // now: what was read is there
+        bias.next();
       } else if constexpr (Shape::kBias == Bias::kDense) {
         add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, unit.head,
                              tile.first + 64 * warpgroup + lane.row(), j0 + lane.column(), tile.queries, tile.keys);
@@ -403,7 +324,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         turns.pass();
         read_bias();
         wait_for<0>(scores);
-        give_back(shared.k_ring.empty[k.stage]);
+        release(shared.k_ring.empty[k.stage]);
         k.next();
         to_weights(scores, 0);
         convert<Element>(scores, weights);
@@ -419,18 +340,18 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         turns.pass();
         read_bias();
         wait_for<1>(scores);
-        give_back(shared.k_ring.empty[k.stage]);
+        release(shared.k_ring.empty[k.stage]);
         k.next();
         to_weights(scores, n);
         wait_for<0>(out);
-        give_back(shared.v_ring.empty[v.stage]);
+        release(shared.v_ring.empty[v.stage]);
         v.next();
         convert<Element>(scores, weights);
       }
       shared.v_ring.full[v.stage].wait(v.parity);
       issue_product<false>(out_mma, weights, v_tile(_, _, _, v.stage), out);
       wait_for<0>(out);
-      give_back(shared.v_ring.empty[v.stage]);
+      release(shared.v_ring.empty[v.stage]);
       v.next();
     }
     release(shared.q_ring.empty[q.stage]);
@@ -439,15 +360,6 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
     if (Shape::kRelative) release_unit();
     const float scale = p.common.scales ? p.common.scales[done.sequence] : p.common.scale;
     store_rows<Element>(out, scale, p.out, int64_t{done.query_start} + first, head, 0, done.queries - first);
-    if constexpr (Shape::kPaired) {  // what the other block alone needs, when it is there
-      CUTE_NO_UNROLL
-      for (int n = ranges.count() - count; n > 0; --n, k.next(), v.next()) {
-        shared.k_ring.full[k.stage].wait(k.parity);
-        give_back(shared.k_ring.empty[k.stage]);
-        shared.v_ring.full[v.stage].wait(v.parity);
-        give_back(shared.v_ring.empty[v.stage]);
-      }
-    }
   }
   turns.finish();
 }
@@ -460,19 +372,21 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
   }
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
-  constexpr int kReaders = Shape::kConsumers * kArrivalsPerWarpgroup, kBlocks = Shape::kPaired ? 2 : 1;
+  constexpr int kReaders = Shape::kConsumers * kArrivalsPerWarpgroup;
   if (threadIdx.x == 0) {
     shared.q_ring.init(kReaders);
-    shared.k_ring.init(kBlocks * kReaders);
-    shared.v_ring.init(kBlocks * kReaders);
+    shared.k_ring.init(kReaders);
+    shared.v_ring.init(kReaders);
     shared.work_ring.init(kReaders + Shape::kBiasWarps + Shape::kBiasStored);
     if constexpr (Shape::kRelative) shared.bias.ring.init_between_warps(kReaders);
-    if (Shape::kPaired) shared.unit_ring.full[0].init(1), shared.unit_ring.empty[0].init(1);
+    if constexpr (Shape::kBiasStored) {
+      for (Ring<1>& ring : shared.stored_bias.rings) ring.init(kArrivalsPerWarpgroup);
+    }
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) prefetch_map(*map);
   }
   if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias, 0.5f);
-  Shape::kPaired ? sync_pair(Shape::kThreads) : sync_block(Shape::kThreads);
+  sync_block(Shape::kThreads);
   if constexpr (Shape::kBiasStored) {
     wait_for_kernel_before();
     let_next_kernel_start();
@@ -480,11 +394,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) forward_produce<Shape>(p, shared);
     if constexpr (Shape::kBiasStored) {
-      if (threadIdx.x == 0) forward_load<Shape>(p, shared);
-      if (threadIdx.x == 32) forward_take_units<Shape>(p, shared);
-    } else if (threadIdx.x == 0) {
-      forward_produce<Shape>(p, shared);
+      if (threadIdx.x == 32) forward_load_bias<Shape>(p, shared);
     }
     if constexpr (Shape::kRelative) {
       const int warp = uniform(threadIdx.x / 32);
@@ -494,7 +406,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
     take_registers<Shape::kConsumerRegisters>();
     forward_consume<Shape>(p, shared, warpgroup - 1);
   }
-  if (Shape::kPaired) sync_pair(Shape::kThreads);  // the other block may still give back what this one loaded
 }
 
 }  // namespace genrec::attention

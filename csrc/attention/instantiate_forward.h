@@ -6,16 +6,6 @@
 
 namespace genrec::attention {
 
-// How many pairs of blocks run at the same time. Asked once: devices of one process are of one kind.
-template <class Shape>
-int resident_pairs(cudaLaunchConfig_t config) {
-  static const int pairs = [&] {
-    int most = 0;
-    return cudaOccupancyMaxActiveClusters(&most, forward_kernel<Shape>, &config) == cudaSuccess && most > 0 ? most : 1;
-  }();
-  return pairs;
-}
-
 // The kernel starts while the one before it in the stream, which is one of ours, ends.
 template <class Shape>
 cudaError_t launch_behind(const typename Shape::Params& params, int blocks, cudaStream_t stream) {
@@ -23,22 +13,13 @@ cudaError_t launch_behind(const typename Shape::Params& params, int blocks, cuda
   const int shared = sizeof(typename Shape::Shared);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2]{};
-  cudaLaunchConfig_t config{dim3(blocks), dim3(Shape::kThreads), static_cast<size_t>(shared), stream, attributes, 1};
-  if (Shape::kPaired) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {2, 1, 1};
-    config.gridDim.x = 2 * blocks;
-    config.gridDim.x = 2 * smaller(blocks, resident_pairs<Shape>(config));
-  }
-  cudaLaunchAttribute& behind = attributes[Shape::kPaired];
+  cudaLaunchAttribute behind{};
   behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   behind.val.programmaticStreamSerializationAllowed = 1;
-  config.numAttrs = 1 + Shape::kPaired;
+  const cudaLaunchConfig_t config{dim3(blocks), dim3(Shape::kThreads), static_cast<size_t>(shared), stream, &behind, 1};
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-// `blocks`: as many as there are multiprocessors, or units of work if these are fewer.
 template <class Shape>
 cudaError_t launch_forward(const ForwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
   if constexpr (Shape::kBiasStored || Shape::kLeftOver) {
@@ -56,7 +37,7 @@ ForwardInstance forward_instance(const char* dtype) {
   if constexpr (Shape::kLeftOver) {
     using Stored = ForwardShape<Element, D, kCausal, kBias, true>;
     static_assert(Stored::kKeys == Shape::kKeys, "one set of boxes");
-    one.blocks.stored_queries = Stored::kUnitQueries, one.blocks.stored_box = Stored::kQueries;
+    one.blocks.stored_queries = Stored::kQueries;
     one.launch = [](const ForwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
       return pass == 0 ? launch_forward<Stored>(params, bias, blocks, stream)
                        : launch_forward<Shape>(params, bias, blocks, stream);

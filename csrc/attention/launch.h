@@ -12,7 +12,7 @@ struct ForwardBlocks {
   int queries, keys;
   // Of the first of two passes, over sequences whose relative bias is put into memory before: rows of its units of work,
   // and of its boxes of queries. 0: there is no such pass.
-  int stored_queries = 0, stored_box = 0;
+  int stored_queries = 0;
 
   bool stores_bias() const { return stored_queries > 0; }
 };

@@ -391,12 +391,11 @@ bool check(const Case& c) {
     const bool plain = std::all_of(c.sequences.begin(), c.sequences.end(),
                                    [](const Lengths& s) { return s.contexts == 0 && s.targets == 0; });
     for (size_t stored : {all, all / 2, size_t{0}}) {
-      good = storing_forward<false, true>(problem, stored) && good;
+      good = storing_forward<false>(problem, stored) && good;
       if constexpr (kBias == Bias::kRelative && D == 128) good = storing_backward<false>(problem, stored) && good;
       if constexpr (kBias == Bias::kRelative && D == 256) good = wide_storing_backward<Element>(problem, stored) && good;
     }
-    good = storing_forward<false, false>(problem, all) && good;
-    if (plain && c.rule.window < 0 && c.rule.causal) good = storing_forward<true, true>(problem, all) && good;
+    if (plain && c.rule.window < 0 && c.rule.causal) good = storing_forward<true>(problem, all) && good;
   }
   emulator::random_numbers = numbers;
   std::fflush(stdout);

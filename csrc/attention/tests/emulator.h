@@ -51,8 +51,7 @@ struct Meeting {
 struct Block {
   std::vector<char> memory;
   char* shared;
-  int alive = 0;  // threads
-  Meeting all, pair, named[16], warpgroup[4], warp[16];
+  Meeting all, named[16], warpgroup[4], warp[16];
   uint32_t words[16][32];         // of an exchange
   char* addresses[16][32];        // of a matrix store or load
   uint32_t operands[16][32][6];   // of a warp's product
@@ -83,22 +82,9 @@ inline std::vector<Source> sources;
 inline Fiber* running = nullptr;
 inline ucontext_t scheduler;
 inline long progress = 0;
-inline bool pairs = false;  // blocks 2n and 2n + 1 are a cluster
 inline std::mt19937 random_numbers(1);
 
 inline Block& block() { return *blocks[running->block]; }
-// The same place of shared memory in one of the two blocks of the running thread's pair, which must not have ended.
-template <class Type>
-Type* in_pair(Type* place, int rank) {
-  Block& other = *blocks[running->block / 2 * 2 + rank];
-  if (!pairs || other.alive == 0) {
-    std::printf("a block reaches for shared memory of one that has ended\n");
-    std::exit(1);
-  }
-  const auto offset = reinterpret_cast<const volatile char*>(place) - block().shared;
-  return reinterpret_cast<Type*>(other.shared + offset);
-}
-
 inline void yield() { swapcontext(&running->context, &scheduler); }
 
 // Does nothing for some rounds.
@@ -129,7 +115,6 @@ inline void meet(Meeting& meeting, int count) {
 inline void enter() {
   running->body();
   running->done = true;
-  --block().alive;
   ++progress;
   yield();
 }
@@ -177,8 +162,7 @@ inline bool run() {
 
 // Launches `kernel` with `count` blocks; false after a deadlock, whose waiting warps are printed.
 template <class Kernel>
-bool launch(int count, int threads, size_t shared, Kernel kernel, bool paired = false) {
-  pairs = paired;
+bool launch(int count, int threads, size_t shared, Kernel kernel) {
   fibers.clear();
   blocks.clear();
   copies.clear();
@@ -188,7 +172,6 @@ bool launch(int count, int threads, size_t shared, Kernel kernel, bool paired = 
     Block& fresh = *blocks.back();
     fresh.memory.assign(shared + 1024, 0x7f);  // NaN in bf16 and fp16
     fresh.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(fresh.memory.data()) + 1023) / 1024 * 1024);
-    fresh.alive = threads;
     for (int t = 0; t < threads; ++t) {
       fibers.push_back(std::make_unique<Fiber>());
       Fiber& fiber = *fibers.back();
@@ -215,7 +198,6 @@ class Barrier {
  public:
   void init(int count) { count_ = pending_ = count, bytes_ = 0, phase_ = 0; }
   void arrive() const { self().change(1, 0); }
-  void arrive(int rank) const { in_pair(this, rank)->arrive(); }
   void arrive_and_expect_tx(int64_t bytes) const { self().change(1, bytes); }
   void receive(int64_t bytes) { change(0, -bytes); }
   void wait(uint32_t parity) const {
@@ -266,6 +248,7 @@ using EmptyBarrier = emulator::Barrier;
 inline void let_next_kernel_start() {}
 inline void wait_for_kernel_before() {}
 inline void fence_new_barriers() {}
+inline void keep_accesses() {}
 inline void fence_shared_writes() {}
 inline void fence_global() {}
 inline void keep_order() {}
@@ -278,10 +261,6 @@ void take_registers() {}
 inline void sync_block(int threads) { emulator::meet(emulator::block().all, threads); }
 inline void sync_warp() { emulator::meet(emulator::block().warp[threadIdx.x / 32], 32); }
 inline void sync_warpgroup() { emulator::meet(emulator::block().warpgroup[threadIdx.x / 128], 128); }
-inline int block_of_pair() { return blockIdx.x % 2; }
-inline void sync_pair(int threads) {
-  emulator::meet(emulator::blocks[emulator::running->block / 2 * 2]->pair, 2 * threads);
-}
 inline void sync_threads(uint32_t barrier, int threads) { emulator::meet(emulator::block().named[barrier], threads); }
 inline void arrive_threads(uint32_t barrier, int threads) {
   emulator::arrive(emulator::block().named[barrier], threads);
@@ -377,23 +356,7 @@ void load_box(const CUtensorMap& map, FullBarrier& full, Element* to, int column
   });
 }
 
-template <int kRows, int kColumns, class Element>
-void load_box_for_both(const CUtensorMap& map, FullBarrier& full, Element* to, int column, int head, int row) {
-  for (int rank = 0; rank < 2; ++rank)
-    load_box<kRows, kColumns>(map, *emulator::in_pair(&full, rank), emulator::in_pair(to, rank), column, head, row);
-}
-
-inline void send_to_second(int* to, FullBarrier& full, int word) {
-  int* place = emulator::in_pair(to, 1);
-  FullBarrier* barrier = emulator::in_pair(&full, 1);
-  emulator::copies.push_back([=] {
-    *place = word;
-    barrier->receive(4);
-  });
-}
-
-inline void wait_for_word(const FullBarrier& full, uint32_t parity) { full.wait(parity); }
-
+template <bool kOnce = true>
 inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
   FullBarrier* barrier = &full;
   emulator::copies.push_back([=] {

@@ -310,11 +310,11 @@ struct FilledBias {
 };
 
 // The passes of a relative bias from D = 64 on, the bias of the first `stored` sequences in memory.
-template <bool kCausal, bool kPaired>
+template <bool kCausal>
 bool storing_forward(const Problem& problem, size_t stored) {
-  using Stored = ForwardShape<Element, D, kCausal, Bias::kRelative, true, kPaired>;
+  using Stored = ForwardShape<Element, D, kCausal, Bias::kRelative, true>;
   using LeftOver = ForwardShape<Element, D, kCausal, Bias::kRelative>;
-  const List units(problem.batch(), ListKind::kQueries, Stored::kUnitQueries);
+  const List units(problem.batch(), ListKind::kQueries, Stored::kQueries);
   const List list(problem.batch(), ListKind::kQueries, LeftOver::kQueries);
   Matrix out(problem.q.rows, problem.c.heads, problem.c.v_dim, true);
   Store places(problem, stored);
@@ -328,13 +328,13 @@ bool storing_forward(const Problem& problem, size_t stored) {
   auto second = problem.with_bias<LeftOver>(base);
   first.bias.store = second.bias.store = filled.store();
   const int blocks = problem.c.blocks;
-  ran = emulator::launch(kPaired ? 2 * blocks : blocks, Stored::kThreads, sizeof(typename Stored::Shared),
-                         [&] { forward_kernel<Stored>(first); }, kPaired) && ran;
+  ran = emulator::launch(blocks, Stored::kThreads, sizeof(typename Stored::Shared),
+                         [&] { forward_kernel<Stored>(first); }) && ran;
   ran = emulator::launch(blocks, LeftOver::kThreads, sizeof(typename LeftOver::Shared),
                          [&] { forward_kernel<LeftOver>(second); }) && ran;
   const double off = error(out.data, problem.out);
-  std::printf("%s, D = %d, forward%s by a stored bias%s: %s, out %.1e, bias of %zu sequences kept\n", problem.c.name, D,
-              kCausal ? ", causal," : "", kPaired ? ", in pairs" : "", ran ? "ran" : "hung", off,
+  std::printf("%s, D = %d, forward%s by a stored bias: %s, out %.1e, bias of %zu sequences kept\n", problem.c.name, D,
+              kCausal ? ", causal," : "", ran ? "ran" : "hung", off,
               problem.c.sequences.size() - places.left);
   return ran && off < 0.005;
 }
