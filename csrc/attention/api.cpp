@@ -61,12 +61,6 @@ bool serves(const BackwardInstance& one, const genrec_attention_problem& p) {
   return one.lengths == SequenceLengths::kAll || (one.lengths == SequenceLengths::kLong) == (p.key_rows >= kLongMean * p.sequences);
 }
 
-// Whether the forward pass puts the relative bias into memory first. Measured: that wins for sequences of up to some 2,000
-// keys, whose times are looked up for the most part; longer ones' are told by few edges beside the products.
-bool stores_bias(const ForwardInstance& one, const genrec_attention_problem& p) {
-  return one.blocks.bias_stored && p.key_rows < kLongMean * p.sequences;
-}
-
 // The smallest instance that holds the dims. The general mask covers the causal one.
 template <class Instance, size_t kCount>
 const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p, Bias bias) {
@@ -115,7 +109,33 @@ int32_t check_bias(const genrec_attention_bias& bias) {
   return 0;
 }
 
-int64_t most_stored();
+constexpr const char *kStoredLimit = "GENREC_ATTENTION_STORED_GIB", *kKeptLimit = "GENREC_ATTENTION_KEPT_GIB";
+
+// Bytes that an environment variable gives in GiB; -1: what stands there is no such number.
+int64_t limit_of(const char* name, int64_t otherwise) {
+  const char* text = std::getenv(name);
+  if (text == nullptr) return otherwise;
+  char* end = nullptr;
+  const double gib = std::strtod(text, &end);
+  constexpr double kMost = 1 << 20;
+  return end == text || *end != 0 || !(gib >= 0) || gib > kMost ? -1 : static_cast<int64_t>(gib * (int64_t{1} << 30));
+}
+
+int32_t fail_limit(const char* name) {
+  return fail(std::string(name) + " must be a number of GiB, got '" + std::getenv(name) + "'");
+}
+
+// The most memory that dS may take, or a bias forward, else 4 GiB. Read once: plans depend on it.
+int64_t most_stored() {
+  static const int64_t most = limit_of(kStoredLimit, int64_t{4} << 30);
+  return most;
+}
+
+// The most that a forward pass may keep of its bias for the backward pass, else 1 GiB. Read once, too: both passes ask.
+int64_t most_kept() {
+  static const int64_t most = limit_of(kKeptLimit, int64_t{1} << 30);
+  return most;
+}
 
 // Pointers of tensors aren't looked at: of the bias only what is given.
 int32_t check_problem(const genrec_attention_problem* p, bool backward) {
@@ -132,9 +152,8 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
       return fail("rows must be fewer than 2^31, got " + std::to_string(rows));
   }
   if (check_bias(p->bias) != 0) return -1;
-  if (most_stored() < 0)
-    return fail(std::string("GENREC_ATTENTION_STORED_GIB must be a number of GiB, got '") +
-                std::getenv("GENREC_ATTENTION_STORED_GIB") + "'");
+  if (most_stored() < 0) return fail_limit(kStoredLimit);
+  if (most_kept() < 0) return fail_limit(kKeptLimit);
   const Bias bias = bias_kind(*p);
   // A plan lists the tiles of the kernels without a bias, whatever else it lists.
   if (find(kForward, *p, Bias::kNone) == nullptr || find(kBackward, *p, Bias::kNone) == nullptr ||
@@ -147,20 +166,6 @@ int32_t check_problem(const genrec_attention_problem* p, bool backward) {
 }
 
 MaskRule mask_rule(const genrec_attention_problem& p) { return {p.target_group, p.window, p.causal}; }
-
-// The most memory that dS may take, bytes: GENREC_ATTENTION_STORED_GIB, else 4 GiB. Read once: plans depend on it.
-// -1: what stands there is no such number.
-int64_t most_stored() {
-  static const int64_t most = []() -> int64_t {
-    const char* text = std::getenv("GENREC_ATTENTION_STORED_GIB");
-    if (text == nullptr) return int64_t{4} << 30;
-    char* end = nullptr;
-    const double gib = std::strtod(text, &end);
-    constexpr double kMost = 1 << 20;
-    return end == text || *end != 0 || !(gib >= 0) || gib > kMost ? -1 : static_cast<int64_t>(gib * (int64_t{1} << 30));
-  }();
-  return most;
-}
 
 // Cells of dS for each head that are given room. Lengths are not known here: one and a half times what equal ones would
 // take, so that sequences may differ. Those that find no room then have dS computed twice.
@@ -182,7 +187,7 @@ int stored_rows_of(const genrec_attention_problem& p) {
     const BackwardInstance* one = find(kBackward, p, bias);
     if (one != nullptr) rows = larger(rows, one->blocks.stored_rows);
     const ForwardInstance* forward = find(kForward, p, bias);
-    if (forward != nullptr && stores_bias(*forward, p)) rows = kCellQueries;
+    if (forward != nullptr && forward->blocks.stores_bias()) rows = kCellQueries;
   }
   return rows;
 }
@@ -191,8 +196,10 @@ PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
   const int stored_rows = stored_rows_of(p);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows},
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows, 0},
                   {}, p.sequences, stored_rows > 0 ? stored_cells(p) : 0};
+  const ForwardInstance* stored = find(kForward, p, Bias::kRelative);
+  if (stored != nullptr) shape.size[kStoredForward] = stored->blocks.stored_queries;
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
@@ -297,6 +304,14 @@ int blocks_for(int64_t tiles, int heads, int most) {
   return static_cast<int>(units < most ? units : most);
 }
 
+// The list of tiles that a pass goes over.
+int list_of(const Backward& one, int pass) {
+  const BackwardBlocks& blocks = one.kernel.blocks;
+  if (pass == 0 && blocks.plain_keys) return kBackwardKeys;
+  if (pass > 0 && pass <= blocks.stored_passes) return kStoredQueries;
+  return !blocks.gathers() && pass == blocks.passes - 1 ? one.queries : one.keys;
+}
+
 // Blocks of the backward pass's launches: over tiles of keys, and over those of stored dS.
 struct BackwardLaunches {
   int keys, stored;
@@ -314,22 +329,34 @@ int32_t backward_launches(const genrec_attention_problem& p, const PlanShape& sh
 // Of a stored bias, for all heads.
 int64_t bias_bytes(const PlanShape& shape) { return shape.cells * kCellElements * 2; }
 
-// The forward pass's memory: counters, the bias.
+bool reads_bias(const BackwardInstance& one) { return one.bias == Bias::kRelative && one.blocks.stored_rows > 0; }
+
+// Of the bias that the forward pass leaves for the backward pass, in the places that the plan gives both.
+int64_t kept_bytes(const genrec_attention_problem& p, const PlanShape& shape) {
+  const BackwardInstance* backward = find(kBackward, p, bias_kind(p));
+  if (backward == nullptr || !reads_bias(*backward) || !find(kForward, p, bias_kind(p))->blocks.stores_bias()) return 0;
+  const int64_t bytes = bias_bytes(shape);
+  return bytes <= most_kept() ? bytes : 0;
+}
+
+constexpr const char* kNothingKept = "memory was given to keep a bias in, where none is kept";
+
+// The forward pass's memory: counters, the bias where none is kept.
 struct ForwardMemory {
   int64_t zeroed = 64, bias_at = 128, bytes;
 
-  ForwardMemory(const ForwardInstance& one, const genrec_attention_problem& p, const PlanShape& shape)
-      : bytes(stores_bias(one, p) ? bias_at + bias_bytes(shape) : zeroed) {}
+  ForwardMemory(const ForwardInstance& one, const PlanShape& shape, bool kept)
+      : bytes(one.blocks.stores_bias() && !kept ? bias_at + bias_bytes(shape) : zeroed) {}
 };
 
 // The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ;
-// dS; the relative bias, where dS is stored with one. All before the sums of dQ is zeroed, and these, too, but where
-// few sequences or none have any: kernels see to those then.
+// dS; the relative bias, where dS is stored with one and none was kept. All before the sums of dQ is zeroed, and these,
+// too, but where few sequences or none have any: kernels see to those then.
 struct BackwardMemory {
   int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
   int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
 
-  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic,
+  BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, bool kept,
                  const BackwardLaunches& blocks) {
     const Backward one = find_backward(p);
     const bool stores = one.kernel.blocks.stored_rows > 0, gathers = one.kernel.blocks.gathers();
@@ -346,7 +373,7 @@ struct BackwardMemory {
     stored_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
     zeroed = stores ? sum_at : stored_at;
     bias_at = stored_at + (stores ? shape.cells * p.heads * kCellElements * 2 : 0);
-    bytes = bias_at + (stores && bias_kind(p) == Bias::kRelative ? bias_bytes(shape) : 0);
+    bytes = bias_at + (reads_bias(one.kernel) && !kept ? bias_bytes(shape) : 0);
   }
 
  private:
@@ -374,7 +401,7 @@ using namespace genrec::attention;
 
 const char* genrec_attention_error(void) { return last_error.c_str(); }
 
-int32_t genrec_attention_abi_version(void) { return 4; }
+int32_t genrec_attention_abi_version(void) { return 5; }
 
 const char* genrec_attention_instances(void) {
   static const std::string lines = list_instances();
@@ -399,17 +426,21 @@ int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void
   return error == cudaSuccess ? 0 : fail("plan_kernel", error);
 }
 
-int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
-                                         int32_t deterministic) {
-  if (check_problem(problem, backward != 0) != 0) return -1;
-  const PlanShape shape = plan_shape(*problem);
-  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), *problem, shape).bytes;
-  BackwardLaunches blocks{0, 0};
-  if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
-  return BackwardMemory(*problem, shape, deterministic != 0, blocks).bytes;
+int64_t genrec_attention_kept_bytes(const genrec_attention_problem* problem) {
+  return check_problem(problem, false) != 0 ? -1 : kept_bytes(*problem, plan_shape(*problem));
 }
 
-int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
+int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
+                                         int32_t deterministic, int32_t kept) {
+  if (check_problem(problem, backward != 0) != 0) return -1;
+  const PlanShape shape = plan_shape(*problem);
+  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), shape, kept != 0).bytes;
+  BackwardLaunches blocks{0, 0};
+  if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
+  return BackwardMemory(*problem, shape, deterministic != 0, kept != 0, blocks).bytes;
+}
+
+int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace, void* kept,
                                  const genrec_attention_tensor* q, const genrec_attention_tensor* k,
                                  const genrec_attention_tensor* v, const genrec_attention_tensor* out, void* stream) {
   if (check_problem(problem, false) != 0 || check_output("out", out) != 0) return -1;
@@ -418,37 +449,41 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
   const ForwardInstance& one = *find(kForward, p, bias_kind(p));
   const PlanShape shape = plan_shape(p);
+  if (kept != nullptr && kept_bytes(p, shape) == 0) return fail(kNothingKept);
   ForwardParams params{};
   int most = 0;
-  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
+  const bool stored = one.blocks.stores_bias();
+  const auto encode_queries = [&](int box) { return encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box); };
+  if (encode_queries(stored ? one.blocks.stored_queries : one.blocks.queries) != 0 ||
       encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  const ForwardMemory memory(one, p, shape);
+  const ForwardMemory memory(one, shape, kept != nullptr);
   int* counters = static_cast<int*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
-  params.list = shape.list(plan, kForwardQueries);
   params.out = output(out, p.v_dim);
   BiasParams bias = bias_params(p.bias);
-  const bool stored = stores_bias(one, p);
+  const auto pass = [&](int number, int list) -> int32_t {
+    params.common = common(p, counters + number);
+    params.list = shape.list(plan, list);
+    error = one.launch(params, bias, number, blocks_for(shape.capacity[list], p.heads, most), on);
+    return error == cudaSuccess ? 0 : fail("forward_kernel", error);
+  };
   if (stored) {
-    char* data = static_cast<char*>(workspace) + memory.bias_at;
+    void* data = kept != nullptr ? kept : static_cast<char*>(workspace) + memory.bias_at;
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
-    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, true, most, on);
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
+    if (pass(0, kStoredForward) != 0) return -1;
+    if (one.blocks.stored_queries != one.blocks.queries && encode_queries(one.blocks.queries) != 0) return -1;
   }
-  for (int pass = one.blocks.bias_stored && !stored; pass < 1 + one.blocks.bias_stored; ++pass) {
-    params.common = common(p, counters + pass);
-    error = one.launch(params, bias, pass, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
-    if (error != cudaSuccess) return fail("forward_kernel", error);
-  }
-  return 0;
+  return pass(stored, kForwardQueries);
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,
-                                  int32_t deterministic, const genrec_attention_tensor* q,
+                                  const void* kept, int32_t deterministic, const genrec_attention_tensor* q,
                                   const genrec_attention_tensor* k, const genrec_attention_tensor* v,
                                   const genrec_attention_tensor* d_out, const genrec_attention_tensor* dq,
                                   const genrec_attention_tensor* dk, const genrec_attention_tensor* dv, void* stream) {
@@ -458,8 +493,10 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   const genrec_attention_problem& p = *problem;
   if (plan == nullptr || workspace == nullptr) return fail("plan and workspace must be given");
   if (p.query_rows == 0 || p.key_rows == 0) return fail("a batch without rows has nothing to compute");
-  const auto [one, key_list, query_list] = find_backward(p);
+  const Backward found = find_backward(p);
+  const BackwardInstance& one = found.kernel;
   const PlanShape shape = plan_shape(p);
+  if (kept != nullptr && kept_bytes(p, shape) == 0) return fail(kNothingKept);
   BackwardParams params{};
   int most = 0;
   const bool gathers = one.blocks.gathers();
@@ -476,7 +513,7 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   BackwardLaunches blocks{};
   if (backward_launches(p, shape, &blocks) != 0) return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  const BackwardMemory memory(p, shape, deterministic != 0, blocks);
+  const BackwardMemory memory(p, shape, deterministic != 0, kept != nullptr, blocks);
   char* base = static_cast<char*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
@@ -492,22 +529,23 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
                            p.bias.d_position};
   const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,
                        p.bias.d_time};
-  if (one.blocks.stored_rows > 0 && one.bias == Bias::kRelative) {
-    bias.relative.store = {base + memory.bias_at, params.store.first, params.store.left};
+  if (reads_bias(one))
+    bias.relative.store = {kept != nullptr ? kept : base + memory.bias_at, params.store.first, params.store.left};
+  if (reads_bias(one) && kept == nullptr) {
     int* counter = reinterpret_cast<int*>(base) + one.blocks.passes;
-    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, false, most, on);
+    error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counter, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
   }
   for (int pass = 0; pass < one.blocks.passes; ++pass) {
     params.common = common(p, reinterpret_cast<int*>(base) + pass);
-    const bool of_stored = pass == 1 && one.blocks.stored_rows > 0;
-    const bool of_queries = !gathers && pass == one.blocks.passes - 1;
-    params.list = shape.list(plan, of_stored ? kStoredQueries : of_queries ? query_list : key_list);
-    int used = of_stored ? blocks.stored : blocks.keys;
-    if (of_queries) {
-      if (one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0) return -1;
-      used = blocks_for(shape.capacity[query_list], p.heads, most);
-    }
+    const int list = list_of(found, pass);
+    const bool of_stored = list == kStoredQueries;
+    params.list = shape.list(plan, list);
+    // Behind those over stored dS passes may read Q and dO by other boxes than the first.
+    const bool others = !gathers || one.blocks.plain_keys;
+    if (others && pass == 1 + one.blocks.stored_passes && one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0)
+      return -1;
+    const int used = blocks_for(shape.capacity[list], p.heads, most);
     const auto sums_of = [&](const SumParams& table) {
       const int64_t before = of_stored ? 0 : memory.stored_copies;
       return table.entries == 0 ? nullptr : const_cast<float*>(table.copies) + before * table.entries;
@@ -523,8 +561,8 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
     if (error != cudaSuccess) return fail("sum_tables_kernel", error);
   }
   if (!gathers) return 0;
-  const ConvertParams convert{common(p, nullptr), shape.list(plan, query_list), params.dq_sum, output(dq, p.qk_dim),
+  const ConvertParams convert{common(p, nullptr), shape.list(plan, found.queries), params.dq_sum, output(dq, p.qk_dim),
                               params.store};
-  error = one.convert(convert, blocks_for(shape.capacity[query_list], p.heads, 16 * most), on);
+  error = one.convert(convert, blocks_for(shape.capacity[found.queries], p.heads, 16 * most), on);
   return error == cudaSuccess ? 0 : fail("convert_dq_kernel", error);
 }

@@ -29,8 +29,9 @@ struct BackwardShape {
   static constexpr Bias kBias = kBias_;
   static_assert(kBias != Bias::kNone, "backward_plain.h has the kernels without a bias");
   static constexpr bool kRelative = kBias == Bias::kRelative;
-  // With a relative bias at D = 128 it serves sequences that have no place in the store of dS (backward_biased_keys.h).
-  static constexpr bool kLeftOver = kRelative && D == 128;
+  // With a relative bias from D = 128 on it serves sequences that have no place in the store of dS (backward_biased_keys.h,
+  // backward_relay.h).
+  static constexpr bool kLeftOver = kRelative && D >= 128;
   static constexpr bool kGivesValues = kPart != Part::kKeysAndQueries, kGivesKeys = kPart != Part::kValues;
   static constexpr int kConsumers = 2;
   static constexpr int kKeys = 128;

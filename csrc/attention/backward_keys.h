@@ -1,4 +1,5 @@
-// The backward kernel without a bias for D = 128 that gives dK and dV; dQ is the next pass's (backward_queries.h).
+// The backward kernel for D = 128 that gives dK and dV; dQ is the next pass's (backward_queries.h), or, with a relative
+// bias, that of a pass over dS in memory (backward_biased_keys.h).
 //
 // A warpgroup has 64 of the tile's 128 keys, and nothing to do with the other one's.
 #pragma once
@@ -7,11 +8,23 @@
 
 namespace genrec::attention {
 
-template <class Shape>
-struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape>> {
-  using Base = PipelinedLoop<Shape, KeysConsumer<Shape>>;
+// A thread's bias of one step: none.
+struct NoBias {
+  template <class Shape>
+  __device__ void read(const typename Shape::Params&, const StepRecord&, int, Lane) {}
+  // `weigh` gets scores, and by what they are multiplied to be half of what SiLU is of.
+  template <class Scores, class Weigh>
+  __device__ void add_to(const Scores& scores, float half_alpha, Weigh weigh) {
+    weigh(scores, half_alpha);
+  }
+};
+
+template <class Shape, class StepBias = NoBias>
+struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape, StepBias>> {
+  using Base = PipelinedLoop<Shape, KeysConsumer<Shape, StepBias>>;
   using Base::Base, Base::p, Base::shared, Base::warpgroup, Base::lane, Base::keys, Base::values, Base::q;
   using typename Base::Element;
+  using Stage = Place<Shape::kQueryStages>;
   static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
 
   __device__ void one_tile(int count) {
@@ -33,9 +46,13 @@ struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape>> {
     clear(dk);
     clear(dv);
     bool masked = false;  // what the scores' record says
-    const auto issue_scores = [&](const Place<Shape::kQueryStages>& at) {
+    StepBias bias;        // the scores'
+    const auto await_queries = [&](const Stage& at) {
       shared.q_ring.full[at.stage].wait(at.parity);
       masked = this->record(at).masked;
+      bias.template read<Shape>(p, this->record(at), warpgroup, lane);
+    };
+    const auto issue_scores = [&](const Stage& at) {
       issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
     };
     // One step, whose scores are there; those of the next are issued if there is one.
@@ -48,16 +65,25 @@ struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape>> {
       auto weights = make_operand<Element, kQueries>();
       OperandPairs<Element, decltype(weights)> rounded{weights};
       ScorePairs<Element, kQueries / 2, false> derivatives;
-      weigh<Shape>(scores, rounded, derivatives, p.common.half_alpha, masked, this->record(q), shared.sights[warpgroup],
-                   lane, lane.column());
+      bias.add_to(scores, p.common.half_alpha, [&](const auto& biased, float factor) {
+        weigh<Shape>(biased, rounded, derivatives, factor, masked, this->record(q), shared.sights[warpgroup], lane,
+                     lane.column());
+      });
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
+      Stage next = q;
+      next.next();
+      if constexpr (kNext && Shape::kReadsBias) await_queries(next);
       wait_for<1>(d_weights);
       auto ds = make_operand<Element, kQueries>();
       differentiate<Element>(derivatives, d_weights, ds);
-      Place<Shape::kQueryStages> next = q;
-      next.next();
       issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
+      if constexpr (kNext && !Shape::kReadsBias) await_queries(next);
       if constexpr (kNext) issue_scores(next);
+      if constexpr (Shape::kStores) {  // beside products: nothing waits for these stores
+        using Parts = typename Shape::Parts;
+        const StepRecord& record = this->record(q);
+        keep_ds<Parts>(ds, p.store, warpgroup < record.cells ? record.place + warpgroup * Parts::kCount : -1, lane);
+      }
       wait_for<kNext + 1>(dv);
       release(shared.d_out_ring.empty[q.stage]);
       wait_for<kNext>(dk);
@@ -70,6 +96,7 @@ struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape>> {
     if (count == 0) {
       shared.v_ring.full[values.stage].wait(values.parity);
     } else {
+      await_queries(q);
       issue_scores(q);
       shared.v_ring.full[values.stage].wait(values.parity);
       wait_for<0>(scores);

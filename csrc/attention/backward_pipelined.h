@@ -32,7 +32,7 @@ struct StepRecord {
     int rank;   // key tiles that add to dQ before this one, where the order is fixed
     int cells;  // of dS, from that of `place` on, which its row still has
   };
-  int bias;  // where its part lies, of the bias that all heads share
+  int bias;  // where a part lies, of the bias that all heads share: the step's own, or where kBiasAhead the next one's
 };
 
 // Where the record of the step lies whose Q is at a place. There are twice as many as stages, since dQ of a step may be
@@ -95,14 +95,16 @@ __device__ inline int64_t parts_of_heads(const BackwardParams& p, const CellPlac
 
 template <class Shape, class Mask, class Places>
 __device__ inline StepRecord step_record(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
-                                         const ColumnBand& band, const Places& places, int64_t heads_before, int m) {
+                                         const ColumnBand& band, const Places& places, int64_t heads_before, int m,
+                                         int bias_m) {
   constexpr int kQueries = Shape::kQueries;
   StepRecord step;
   step.place = step_place<Shape>(places, m, tile.first);
   step.row = m * kQueries + tile.keys - tile.queries;
   step.masked = !band.all_seen(step.row, step.row + kQueries);
   if constexpr (Shape::kStores) step.cells = step_cells<Shape>(places, m, tile.first);
-  if constexpr (Shape::kReadsBias) step.bias = static_cast<int>(step.place - heads_before);
+  if constexpr (Shape::kReadsBias)
+    step.bias = static_cast<int>(step_place<Shape>(places, bias_m, tile.first) - heads_before);
   if constexpr (Shape::kGathers) step.rank = 0;
   if (Shape::kGathers && p.turns != nullptr) {
     const int end = smaller(step.row + kQueries, tile.keys);
@@ -243,6 +245,7 @@ struct PipelinedShape {
   static constexpr bool kStores = false;       // dS for that kernel (ds_store.h)
   static constexpr bool kStoredOnly = false;   // of sequences that have no place there nothing is computed
   static constexpr bool kReadsBias = false;    // of memory (BiasStore)
+  static constexpr bool kBiasAhead = false;    // records say where the next step's is
   using Params = BackwardParams;
   static constexpr int kQueryBox = kGathers ? (D_ <= 64 ? 128 : 64) : kBoxRows, kKeyBox = kGathers ? 128 : kBoxRows;
   static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
@@ -326,9 +329,23 @@ __device__ inline void load_key_tiles(const BackwardParams& p, typename Shape::S
   }
 }
 
+// What a step's threads will read of the bias, into the L2 cache. Four heads read it at about the same time, and the first
+// would wait for the device's memory for as long as a step takes.
+template <class Shape>
+__device__ inline void prefetch_bias(const typename Shape::Params& p, const CellPlaces& places, int64_t heads_before,
+                                     const TileRecord& tile, int m) {
+  using Parts = typename Shape::Parts;
+  constexpr int kBytes = Parts::kElements * 2;
+  CUTE_UNROLL
+  for (int column = 0; column < Shape::kKeys / kCellKeys; ++column) {
+    const int64_t part = places.part<Parts>(m, tile.first / kCellKeys + column);
+    if (part >= 0) prefetch_to_l2(static_cast<const char*>(p.bias.data) + (part - heads_before) * kBytes, kBytes);
+  }
+}
+
 // Q, the steps' records, dO: a warp, whose first lane loads.
 template <class Shape, bool kLoadsQ, bool kWritesRecords, bool kLoadsDOut>
-__device__ inline void load_query_tiles(const BackwardParams& p, typename Shape::Shared& shared) {
+__device__ inline void load_query_tiles(const typename Shape::Params& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
   constexpr int D = Shape::D, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   Place<2> work(0);
@@ -355,13 +372,20 @@ __device__ inline void load_query_tiles(const BackwardParams& p, typename Shape:
     CUTE_NO_UNROLL
     for (int i = 0; i < count; ++i, q.next()) {
       const int m = ranges.tile(i);
+      if constexpr (Shape::kReadsBias && kWritesRecords) {
+        constexpr int kAhead = 3;
+        for (int n = i == 0 ? 0 : i + kAhead; loads && n <= i + kAhead && n < count; ++n)
+          prefetch_bias<Shape>(p, places, heads_before, tile, ranges.tile(n));
+      }
       if constexpr (kLoadsQ || kWritesRecords) shared.q_ring.empty[q.stage].wait(q.parity);
       if constexpr (kLoadsQ) {
         if (loads) load(p.q, shared.q_ring, shared.q, m);
       }
       if constexpr (kWritesRecords) {
         if (loads) {
-          shared.steps[record_place(q, true)] = step_record<Shape>(p, tile, mask, band, places, heads_before, m);
+          const int bias_m = Shape::kBiasAhead ? ranges.tile(smaller(i + 1, count - 1)) : m;
+          shared.steps[record_place(q, true)] =
+              step_record<Shape>(p, tile, mask, band, places, heads_before, m, bias_m);
           shared.q_ring.full[q.stage].arrive();
         }
       }
@@ -374,7 +398,7 @@ __device__ inline void load_query_tiles(const BackwardParams& p, typename Shape:
 }
 
 template <class Shape>
-__device__ inline void pipelined_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+__device__ inline void pipelined_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
   const auto loader = static_cast<Loader>(uniform(threadIdx.x / 32));
   if (loader == Loader::kKeys) {
     if (threadIdx.x == 0) load_key_tiles<Shape>(p, shared);

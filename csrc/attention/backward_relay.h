@@ -1,4 +1,5 @@
-// The backward kernel for D = 256 without a bias: dK and dV of 64 keys, a warpgroup for each.
+// The backward kernel for D = 256 without a bias, and with a relative one that lies in memory: dK and dV of 64 keys, a
+// warpgroup for each.
 //
 // With 128 keys the accumulators of dK and dV are twice what the registers hold. Here one warpgroup computes S and P
 // and adds P^T dO to dV; the other computes dP and dS and adds dS^T Q to dK: 128 registers of accumulators each. Only
@@ -10,10 +11,15 @@
 //
 // So Q and dO of a step are in use for about two steps, and the loads need a third stage to arrive in time. 48 queries
 // a step make room for it. S and dP cost 28 cycles of shared memory for 24 of products then.
+//
+// With a relative bias the first warpgroup's threads read what they add to their scores straight into registers, as soon as
+// those of the step before are used up: nearly a step ahead. Where it lies is in the record of the step before, since Q
+// of a step comes just in time.
 #pragma once
 
 #include "attention/backward_pipelined.h"
 #include "attention/mma_narrow.h"
+#include "attention/part_bias.h"
 
 namespace genrec::attention {
 
@@ -22,7 +28,8 @@ struct RelayShape {
   using Element = Element_;
   static constexpr int D = 256, kQueries = 48, kKeys = 64;
   using Params = BackwardParams;
-  static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true, kStoredOnly = false, kReadsBias = false;
+  static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true, kStoredOnly = false;
+  static constexpr bool kReadsBias = false, kBiasAhead = false;
   static constexpr int kQueryBox = kQueries, kKeyBox = kBoxRows;
   static constexpr int kConsumers = 2, kKeyReaders = 1, kSlopeStages = 2;
   static constexpr int kQueryStages = 3, kKeyStages = 1, kValueStages = 1;
@@ -60,6 +67,17 @@ struct RelayShape {
   static_assert(kKeys == kCellKeys, "a step's dS is a part of a cell");
 };
 
+// With a bias: sequences that have a place in the stores.
+template <class Element_, bool kCausal_>
+struct BiasedRelayShape : RelayShape<Element_, kCausal_> {
+  static constexpr bool kStoredOnly = true, kReadsBias = true, kBiasAhead = true;
+  struct Params : BackwardParams {
+    BiasStore bias;
+  };
+};
+
+struct NoPartBias {};
+
 template <class Shape>
 struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
   using Base = PipelinedLoop<Shape, RelayConsumer<Shape>>;
@@ -68,6 +86,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
   static constexpr int D = Shape::D, kQueries = Shape::kQueries, kKeys = Shape::kKeys;
   using Slopes = ScorePairs<cutlass::half_t, kQueries / 2, true>;
   using Stage = Place<Shape::kQueryStages>;
+  using Parts = typename Shape::Parts;
 
   Place<Shape::kSlopeStages> slope{warpgroup == 0 ? 1u : 0u};  // the first warpgroup produces them
 
@@ -92,6 +111,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
     clear(dv);
     auto weights = make_operand<Element, kQueries>();
+    conditional_t<Shape::kReadsBias, PartBias<Parts>, NoPartBias> bias;  // the scores'
     Stage at = q;  // of the scores; q: of the products with P
     const auto add_values = [&] {
       shared.d_out_ring.full[q.stage].wait(q.parity);
@@ -115,14 +135,24 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       at.next();
       ScorePairs<Element, kQueries / 2, false> exact;
       Slopes slopes;
-      weigh<Shape>(scores, exact, slopes, p.common.half_alpha, record.masked, record, shared.sights[0], lane,
-                   lane.column());
+      if constexpr (Shape::kReadsBias) {
+        bias.transpose();
+        weigh<Shape>(bias.added_to(scores, p.common.half_alpha), exact, slopes, 1.f, record.masked, record,
+                     shared.sights[0], lane, lane.column());
+        bias.read(p.bias, record.bias, lane);  // the next step's, if there is one
+      } else {
+        weigh<Shape>(scores, exact, slopes, p.common.half_alpha, record.masked, record, shared.sights[0], lane,
+                     lane.column());
+      }
       give_slopes(slopes);
       if constexpr (kBefore) finish_values();
       OperandPairs<Element, decltype(weights)> rounded{weights};  // now: sooner the last products would still read them
       CUTE_UNROLL
       for (int e = 0; e < size(scores); e += 2) rounded.put(e, exact.values[e], exact.values[e + 1]);
     };
+    if constexpr (Shape::kReadsBias) {
+      if (count > 0) bias.read(p.bias, first_bias(), lane);
+    }
     this->write_sights();
     shared.k_ring.full[keys.stage].wait(keys.parity);
     if (count > 0) {
@@ -179,7 +209,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       }
       if constexpr (kBefore) finish_keys();
       convert<Element>(d_weights, ds);  // now: sooner the last products would still read them
-      keep_ds<typename Shape::Parts>(ds, p.store, place, lane);
+      keep_ds<Parts>(ds, p.store, place, lane);
     };
     shared.v_ring.full[values.stage].wait(values.parity);
     if (count > 0) {
@@ -193,6 +223,15 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       release(shared.v_ring.empty[values.stage]);
     }
     this->store(dk, 2.f * p.common.half_alpha, p.dk);
+  }
+
+  // Where the bias of the tile's first step lies.
+  __device__ int first_bias() const {
+    const TileRecord& tile = shared.work[this->work.stage].tile;
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges = mask.query_tiles(tile.first, tile.first + kKeys, kQueries, tile.queries);
+    const CellPlaces places(p.bias, stored_sequence(tile, mask), tile.sequence, 0, 1);
+    return static_cast<int>(places.part<Parts>(ranges.tile(0), tile.first / kCellKeys));
   }
 
   __device__ void give_slopes(const Slopes& slopes) {

@@ -63,15 +63,20 @@ GENREC_API int32_t genrec_attention_check(const genrec_attention_problem* proble
 GENREC_API int64_t genrec_attention_plan_bytes(const genrec_attention_problem* problem);
 GENREC_API int32_t genrec_attention_make_plan(const genrec_attention_problem* problem, void* plan, void* stream);
 
-// Device memory that a call may write to; 16-byte aligned. -1 on errors.
+// Device memory for the relative bias of the batch that the forward pass leaves for the backward pass, which else tells it
+// again; 16-byte aligned. 0: it leaves none, or GENREC_ATTENTION_KEPT_GIB has no room. -1 on errors. Both calls take it as
+// `kept`, with one plan, or null for none.
+GENREC_API int64_t genrec_attention_kept_bytes(const genrec_attention_problem* problem);
+
+// Device memory that a call may write to; 16-byte aligned. `kept`: whether the call is given some. -1 on errors.
 GENREC_API int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem, int32_t backward,
-                                                    int32_t deterministic);
+                                                    int32_t deterministic, int32_t kept);
 GENREC_API int32_t genrec_attention_forward(const genrec_attention_problem* problem, const void* plan, void* workspace,
-                                            const genrec_attention_tensor* q, const genrec_attention_tensor* k,
-                                            const genrec_attention_tensor* v, const genrec_attention_tensor* out,
-                                            void* stream);
+                                            void* kept, const genrec_attention_tensor* q,
+                                            const genrec_attention_tensor* k, const genrec_attention_tensor* v,
+                                            const genrec_attention_tensor* out, void* stream);
 GENREC_API int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan,
-                                             void* workspace, int32_t deterministic,
+                                             void* workspace, const void* kept, int32_t deterministic,
                                              const genrec_attention_tensor* q, const genrec_attention_tensor* k,
                                              const genrec_attention_tensor* v, const genrec_attention_tensor* d_out,
                                              const genrec_attention_tensor* dq, const genrec_attention_tensor* dk,

@@ -5,6 +5,7 @@
 #include "attention/backward_biased_keys.h"
 #include "attention/backward_plain.h"
 #include "attention/backward_sums.h"
+#include "attention/backward_table_sums.h"
 #include "attention/instantiate.h"
 
 namespace genrec::attention {
@@ -57,7 +58,7 @@ BackwardInstance plain_backward_instance(const char* dtype) {
     one.convert = convert_dq<Keys, true>;
   } else {
     one.blocks.passes = 2 + Kernels::kStores, one.blocks.dq_rows = Kernels::Queries::kQueries;
-    if constexpr (Kernels::kStores) one.blocks.stored_rows = Kernels::Stored::kQueries;
+    if constexpr (Kernels::kStores) one.blocks.stored_rows = Kernels::Stored::kQueries, one.blocks.stored_passes = 1;
   }
   return one;
 }
@@ -115,7 +116,54 @@ BackwardInstance storing_backward_instance(const char* dtype) {
   BackwardInstance one{};
   one.dtype = dtype, one.dim = D, one.causal = kCausal, one.bias = Bias::kRelative;
   one.blocks = {Keys::kQueries, Keys::kKeys, 3, LeftOver::Teams::kCopies, Kernels::kStoredTables, Keys::kQueryBox, Keys::kKeyBox};
-  one.blocks.stored_rows = Kernels::Stored::kQueries;
+  one.blocks.stored_rows = Kernels::Stored::kQueries, one.blocks.stored_passes = 1;
+  one.launch = Kernels::launch;
+  one.convert = convert_dq<LeftOver, false>;
+  one.sum_tables = sum_tables<kSumThreads>;
+  return one;
+}
+
+// With a relative bias at D = 256: of sequences that have a place in memory the passes without a bias, and one that sums the
+// tables' gradients over dS; the sequences that are left over take two.
+template <class Element, bool kCausal>
+struct WideStoringBackward {
+  using Keys = BiasedRelayShape<Element, kCausal>;
+  using Stored = StoredShape<Element, 256, kCausal, typename Keys::Parts>;
+  using Sums = TableSumsShape<Stored>;
+  using LeftOver = BackwardShape<Element, 256, kCausal, Part::kKeysAndQueries, Bias::kRelative>;
+  using LeftOverValues = BackwardShape<Element, 256, kCausal, Part::kValues, Bias::kRelative>;
+  enum Pass { kGiveKeys, kGiveQueries, kSumTables, kGiveLeftOver, kGiveLeftOverValues, kPasses };
+
+  static cudaError_t launch(const BackwardParams& params, const BiasParams& bias, int pass, int blocks,
+                            cudaStream_t stream) {
+    if (pass == kGiveKeys)
+      return launch_kernel(pipelined_backward_kernel<Keys, RelayConsumer<Keys>>,
+                           typename Keys::Params{params, bias.relative.store}, blocks, Keys::kThreads,
+                           sizeof(typename Keys::Shared), stream);
+    if (pass == kGiveQueries) return launch_plain<Stored>(stored_kernel<Stored>, params, blocks, stream);
+    if (pass == kSumTables) {
+      const auto all = params_of<Sums>(params, bias);
+      if (all.bias.position_sums == nullptr && all.bias.time_sums == nullptr) return cudaSuccess;
+      return launch_kernel(table_sums_kernel<Sums>, all, blocks, Sums::kThreads, sizeof(typename Sums::Shared), stream);
+    }
+    if (pass == kGiveLeftOverValues) return launch_backward<LeftOverValues>(params, bias, blocks, stream);
+    clear_dq_kernel<LeftOver><<<4 * blocks, 256, 0, stream>>>(params);
+    return launch_backward<LeftOver>(params, bias, blocks, stream);
+  }
+};
+
+template <class Element, bool kCausal>
+BackwardInstance wide_storing_backward_instance(const char* dtype) {
+  using Kernels = WideStoringBackward<Element, kCausal>;
+  using Keys = typename Kernels::Keys;
+  using LeftOver = typename Kernels::LeftOver;
+  static_assert(LeftOver::kKeys == Kernels::LeftOverValues::kKeys, "one list of tiles for what is left over");
+  static_assert(LeftOver::kKeyBox == Keys::kKeyBox && LeftOver::kQueries == kBoxRows, "boxes of what is left over");
+  BackwardInstance one{};
+  one.dtype = dtype, one.dim = 256, one.causal = kCausal, one.bias = Bias::kRelative;
+  one.blocks = {LeftOver::kQueries,   LeftOver::kKeys, Kernels::kPasses, LeftOver::Teams::kCopies,
+                Kernels::Sums::kCopies, Keys::kQueryBox, Keys::kKeyBox};
+  one.blocks.stored_rows = Kernels::Stored::kQueries, one.blocks.stored_passes = 2, one.blocks.plain_keys = true;
   one.launch = Kernels::launch;
   one.convert = convert_dq<LeftOver, false>;
   one.sum_tables = sum_tables<kSumThreads>;
@@ -128,6 +176,8 @@ BackwardInstance backward_instance(const char* dtype) {
     return plain_backward_instance<Element, D, kCausal, kGathered>(dtype);
   } else if constexpr (kBias == Bias::kRelative && D == 128) {
     return storing_backward_instance<Element, D, kCausal>(dtype);
+  } else if constexpr (kBias == Bias::kRelative && D == 256) {
+    return wide_storing_backward_instance<Element, kCausal>(dtype);
   } else {
     return biased_backward_instance<Element, D, kCausal, kBias>(dtype);
   }

@@ -10,7 +10,11 @@ namespace genrec::attention {
 // Rows of the tiles of a shape: the boxes of the copy engine, and the lists of a plan.
 struct ForwardBlocks {
   int queries, keys;
-  bool bias_stored = false;  // the relative bias is put into memory first; two passes: sequences with a place, the others
+  // Of the first of two passes, over sequences whose relative bias is put into memory before: rows of its units of work,
+  // and of its boxes of queries. 0: there is no such pass.
+  int stored_queries = 0;
+
+  bool stores_bias() const { return stored_queries > 0; }
 };
 
 struct BackwardBlocks {
@@ -20,6 +24,8 @@ struct BackwardBlocks {
   int query_box, key_box;  // rows of the copy engine's boxes
   int dq_rows = 0;  // rows of the tiles of a last pass that gives dQ, by boxes of kBoxRows; 0: dQ is gathered in sums
   int stored_rows = 0;  // rows of the tiles of the second pass, which gives dQ of dS in memory; 0: there is none
+  int stored_passes = 0;  // over those tiles, from the second pass on
+  bool plain_keys = false;  // the first pass has the tiles of keys of the kernels without a bias
 
   bool gathers() const { return dq_rows == 0; }
   int listed_queries() const { return gathers() ? queries : dq_rows; }
@@ -67,8 +73,8 @@ struct BackwardInstance {
 };
 
 // Puts the bias of all sequences that have a place into its store (bias_store.h). `list`: tiles of kCellQueries
-// queries; `counter`: zero; `query_rows`: the order of S = Q K^T, else that of its transpose.
+// queries; `counter`: zero.
 cudaError_t fill_bias(const RelativeBias& bias, const WorkList& list, const MaskRule& rule, int* counter,
-                      bool query_rows, int multiprocessors, cudaStream_t stream);
+                      int multiprocessors, cudaStream_t stream);
 
 }  // namespace genrec::attention

@@ -9,7 +9,7 @@ from typing import Any
 
 from genrec._native import NativeLibraryError, load_library
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 class Matrix(ctypes.Structure):
@@ -48,9 +48,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "check": ([POINTER(Problem), _I], c_int32),
     "plan_bytes": ([POINTER(Problem)], c_int64),
     "make_plan": ([POINTER(Problem), _P, _P], c_int32),
-    "workspace_bytes": ([POINTER(Problem), _I, _I], c_int64),
-    "forward": ([POINTER(Problem), _P, _P, _M, _M, _M, _M, _P], c_int32),
-    "backward": ([POINTER(Problem), _P, _P, _I, _M, _M, _M, _M, _M, _M, _M, _P], c_int32),
+    "kept_bytes": ([POINTER(Problem)], c_int64),
+    "workspace_bytes": ([POINTER(Problem), _I, _I, _I], c_int64),
+    "forward": ([POINTER(Problem), _P, _P, _P, _M, _M, _M, _M, _P], c_int32),
+    "backward": ([POINTER(Problem), _P, _P, _P, _I, _M, _M, _M, _M, _M, _M, _M, _P], c_int32),
 }
 
 

@@ -94,8 +94,9 @@ class CutlassBackend:
         batch = self._batch(q, k, v, q_offsets, kv_offsets, mask)
         scales = scale.float() if isinstance(scale, Tensor) else None
         factor = 1.0 if isinstance(scale, Tensor) else float(scale)
-        return cutlass_attention(q, k, v, batch.plan, *batch.tensors, scales, *_bias_tensors(bias), *batch.words,
-                                 float(alpha), factor, deterministic)  # fmt: skip
+        out, _ = cutlass_attention(q, k, v, batch.plan, *batch.tensors, scales, *_bias_tensors(bias), *batch.words,
+                                   float(alpha), factor, deterministic)  # fmt: skip
+        return out
 
     def _batch(
         self, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor, mask: AttentionMask
@@ -234,6 +235,10 @@ def _bytes(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=like.device)
 
 
+def _pointer_to_bytes(memory: Tensor) -> int | None:
+    return memory.data_ptr() if memory.numel() > 0 else None
+
+
 @torch.library.custom_op("genrec::cutlass_plan", mutates_args=(), device_types="cuda")
 def cutlass_plan(
     q: Tensor,
@@ -282,25 +287,33 @@ def cutlass_attention(
     alpha: float,
     scale: float,
     deterministic: bool,
-) -> Tensor:
-    """(T, H, Dv): the forward pass; offsets and counts int32, scales (B,) fp32 in the place of `scale`, biases fp32."""
+) -> tuple[Tensor, Tensor]:
+    """The forward pass; offsets and counts int32, scales (B,) fp32 in the place of `scale`, biases fp32.
+
+    Returns:
+        (T, H, Dv), and the relative bias of all pairs as the kernels had it in memory, bytes for the backward pass:
+        without elements where they had none there, or more than GENREC_ATTENTION_KEPT_GIB.
+    """
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     if out.numel() == 0 or k.shape[0] == 0:
-        return out.zero_()
+        return out.zero_(), _bytes(0, q)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     bias = _Bias(position, time, timestamps, query_timestamps, dense)
     problem = _problem(q, k, v, q_offsets, kv_offsets, contexts, targets, group, window, causal,
                        scales=scales, bias=bias.words, alpha=alpha, scale=scale)  # fmt: skip
-    workspace = _bytes(binding.call("workspace_bytes", byref(problem), 0, 0), q)
+    kept = _bytes(binding.call("kept_bytes", byref(problem)), q)
+    workspace = _bytes(binding.call("workspace_bytes", byref(problem), 0, 0, int(kept.numel() > 0)), q)
     with torch.cuda.device(q.device):
-        binding.call("forward", byref(problem), plan.data_ptr(), workspace.data_ptr(), byref(_matrix(q)),
-                     byref(_matrix(k)), byref(_matrix(v)), byref(_matrix(out)), _stream(q))  # fmt: skip
-    return out
+        binding.call("forward", byref(problem), plan.data_ptr(), workspace.data_ptr(), _pointer_to_bytes(kept),
+                     *[byref(_matrix(x)) for x in (q, k, v, out)], _stream(q))  # fmt: skip
+    return out, kept
 
 
 @cutlass_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    position, time = rest[6], rest[7]
+    count = 0 if position is None and time is None else torch.library.get_ctx().new_dynamic_size()
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(count, dtype=torch.uint8)
 
 
 @torch.library.custom_op("genrec::cutlass_attention_backward", mutates_args=(), device_types="cuda")
@@ -320,6 +333,7 @@ def cutlass_attention_backward(
     timestamps: Tensor | None,
     query_timestamps: Tensor | None,
     dense: Tensor | None,
+    kept: Tensor,
     group: int,
     window: int,
     causal: bool,
@@ -329,7 +343,7 @@ def cutlass_attention_backward(
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of q, k and v, contiguous; then of position table, time table and dense bias, fp32, where `needed`
-    (three booleans), else without elements."""
+    (three booleans), else without elements. `kept`: what the forward pass of the same arguments returned."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     empty = q.shape[0] == 0 or k.shape[0] == 0
     gradients = [
@@ -347,10 +361,10 @@ def cutlass_attention_backward(
     problem = _problem(q, k, v, q_offsets, kv_offsets, contexts, targets, group, window, causal,
                        scales=scales, bias=bias.words, alpha=alpha, scale=scale)  # fmt: skip
     ordered = int(deterministic)
-    workspace = _bytes(binding.call("workspace_bytes", byref(problem), 1, ordered), q)
+    workspace = _bytes(binding.call("workspace_bytes", byref(problem), 1, ordered, int(kept.numel() > 0)), q)
     with torch.cuda.device(q.device):
-        binding.call("backward", byref(problem), plan.data_ptr(), workspace.data_ptr(), ordered,
-                     *[byref(_matrix(x)) for x in (q, k, v, d_out, dq, dk, dv)], _stream(q))  # fmt: skip
+        binding.call("backward", byref(problem), plan.data_ptr(), workspace.data_ptr(), _pointer_to_bytes(kept),
+                     ordered, *[byref(_matrix(x)) for x in (q, k, v, d_out, dq, dk, dv)], _stream(q))  # fmt: skip
     if shared and deterministic:
         gradients[2] = gradients[2].sum(1, keepdim=True)
     return [dq, dk, dv, *gradients]
@@ -370,12 +384,15 @@ _TENSORS = 14
 """Of the op's arguments: q, k, v, plan, offsets, counts, scales, the bias's five."""
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS], output[1])
     ctx.words = inputs[_TENSORS:]
+    ctx.set_materialize_grads(False)  # zeros in the place of a gradient of the kept bytes would be as large as they
 
 
-def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * (_TENSORS + len(ctx.words))
     wanted = ctx.needs_input_grad
     needed = [wanted[9], wanted[10], wanted[13]]
     dq, dk, dv, *tables = cutlass_attention_backward(d_out, *ctx.saved_tensors, *ctx.words, needed)

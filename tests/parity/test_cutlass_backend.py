@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from genrec.attention import registry
+from genrec.attention import cutlass_backend, registry
 from tests.parity.grid import GRID, Case, assert_parity, make_case, run_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
@@ -20,8 +21,10 @@ CASES = [replace(case, name=f"{case.name}-{dim}", qk_dim=dim, v_dim=dim) for cas
 # Sequences of 2,048 keys and more in the mean have a backward kernel of their own at D = 128.
 _LONG = Case("very_long", (2100, 2050), heads=1, qk_dim=128, v_dim=128)
 CASES += [_LONG, replace(_LONG, name="very_long_masked", contexts=(3, 0), targets=(40, 7), group=2)]
-# Forward their bias is computed, that of shorter ones comes from memory.
 CASES += [replace(case, name=f"{case.name}_bias", position=True, time=True) for case in CASES[-2:]]
+# There is room for one and a half times what equal lengths need: the last sequence's bias and dS find none.
+_UNEQUAL = Case("one_without_a_place", (30, 1, 200, 2000), qk_dim=128, v_dim=128, position=True, time=True)
+CASES += [_UNEQUAL, replace(_UNEQUAL, name="one_without_a_place_masked", contexts=(3, 0, 2, 5), targets=(9, 1, 0, 40))]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -45,3 +48,28 @@ def test_cutlass_repeats_every_bit(name: str) -> None:
     (out, gradients), (again, gradients_again) = runs
     assert torch.equal(out, again)
     assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["long128-128", "ties-128", "years-128", "cached_long-128", "ties-256", "very_long_masked_bias",
+     "one_without_a_place", "one_without_a_place_masked"],
+)  # fmt: skip
+def test_a_kept_bias_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, whether the backward pass reads what the forward pass left or computes it again."""
+    case = next(case for case in CASES if case.name == name)
+    backward = cutlass_backend.cutlass_attention_backward
+    kept_at, bytes_kept, runs = 15, [], []
+    for keep in (True, False):
+
+        def differentiate(*args: Any, keep: bool = keep) -> list[torch.Tensor]:
+            kept = args[kept_at]
+            bytes_kept.append(kept.numel())
+            return backward(*args[:kept_at], kept if keep else kept.new_empty(0), *args[kept_at + 1 :])
+
+        monkeypatch.setattr(cutlass_backend, "cutlass_attention_backward", differentiate)
+        inputs = make_case(case, torch.bfloat16, "cuda")
+        inputs.options["deterministic"] = True
+        runs.append(run_backend("cutlass", inputs)[1])
+    assert min(bytes_kept) > 0
+    assert all(torch.equal(runs[0][table], runs[1][table]) for table in runs[0])

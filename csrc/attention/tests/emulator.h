@@ -245,7 +245,10 @@ namespace genrec::attention {
 using FullBarrier = emulator::Barrier;
 using EmptyBarrier = emulator::Barrier;
 
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel_before() {}
 inline void fence_new_barriers() {}
+inline void keep_accesses() {}
 inline void fence_shared_writes() {}
 inline void fence_global() {}
 inline void keep_order() {}
@@ -353,6 +356,7 @@ void load_box(const CUtensorMap& map, FullBarrier& full, Element* to, int column
   });
 }
 
+template <bool kOnce = true>
 inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
   FullBarrier* barrier = &full;
   emulator::copies.push_back([=] {
@@ -403,6 +407,17 @@ inline void load_matrices_transposed(const char* address, uint32_t (&words)[4]) 
       std::memcpy(reinterpret_cast<char*>(&words[m]) + 2 * row, addresses[8 * m + lane % 4 * 2 + row] + lane / 4 * 2, 2);
   }
   sync_warp();
+}
+
+inline uint32_t transposed_matrix(uint32_t word) {
+  auto& words = emulator::block().words[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  words[lane] = word;
+  sync_warp();
+  const auto element = [&](int row) { return words[row * 4 + lane / 8] >> lane / 4 % 2 * 16 & 0xffff; };
+  const uint32_t column = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+  sync_warp();
+  return column;
 }
 
 // Whose lane holds which element: as the PTX manual has it (mma.m16n8k16).

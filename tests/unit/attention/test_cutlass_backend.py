@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from genrec._native import NativeLibraryError
 from genrec.attention import AttentionMask, AttentionSpec, _cutlass_binding, cutlass_backend, hstu_attention
@@ -91,7 +92,7 @@ def test_auto_leaves_the_dense_bias_to_triton() -> None:
 
 
 def test_fake_ops_give_shapes_and_dtypes() -> None:
-    with FakeTensorMode():
+    with FakeTensorMode(shape_env=ShapeEnv()):
         q, k = (torch.empty(rows, 4, 64, dtype=torch.float16, device="cuda") for rows in (9, 20))
         v = torch.empty(20, 4, 32, dtype=torch.float16, device="cuda")
         starts = torch.empty(3, dtype=torch.int32, device="cuda")
@@ -100,12 +101,16 @@ def test_fake_ops_give_shapes_and_dtypes() -> None:
         times = torch.empty(20, dtype=torch.int64, device="cuda")
         dense = torch.empty(2, 1, 9, 20, device="cuda")
         biases = (position, time, times, None, dense)
-        rest = (plan, starts, starts, None, None, None, *biases, 1, -1, True, 1.0, 1.0, False)
-        out = cutlass_backend.cutlass_attention(q, k, v, *rest)
-        gradients = cutlass_backend.cutlass_attention_backward(out, q, k, v, *rest, [True, False, True])
+        tensors, words = (q, k, v, plan, starts, starts, None, None, None), (1, -1, True, 1.0, 1.0, False)
+        out, kept = cutlass_backend.cutlass_attention(*tensors, *biases, *words)
+        _, nothing = cutlass_backend.cutlass_attention(*tensors, None, None, None, None, dense, *words)
+        words = (*words, [True, False, True])
+        gradients = cutlass_backend.cutlass_attention_backward(out, *tensors, *biases, kept, *words)
     assert (out.shape, out.dtype, out.device.type) == ((9, 4, 32), torch.float16, "cuda")
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape, position.shape, (0,), dense.shape]
     assert {g.dtype for g in gradients[3:]} == {torch.float32}
+    assert (kept.dtype, kept.dim(), nothing.dtype, nothing.shape) == (torch.uint8, 1, torch.uint8, (0,))
+    assert isinstance(kept.shape[0], torch.SymInt)  # only the library knows how many bytes
 
 
 def test_a_dense_bias_smaller_than_the_batch_is_refused() -> None:

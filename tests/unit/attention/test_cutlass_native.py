@@ -152,83 +152,131 @@ def test_missing_arguments_are_named(library: ctypes.CDLL) -> None:
     with pytest.raises(RuntimeError, match="plan, query_offsets and key_offsets must be given"):
         binding.call("make_plan", ctypes.byref(problem), None, None)
     with pytest.raises(RuntimeError, match="out is missing"):
-        binding.call("forward", ctypes.byref(problem), 64, 64, good, good, good, binding.Matrix(), None)
+        binding.call("forward", ctypes.byref(problem), 64, 64, None, good, good, good, binding.Matrix(), None)
     with pytest.raises(RuntimeError, match="out is not 16-byte aligned in every row"):
-        binding.call("forward", ctypes.byref(problem), 64, 64, good, good, good, odd, None)
+        binding.call("forward", ctypes.byref(problem), 64, 64, None, good, good, good, odd, None)
     with pytest.raises(RuntimeError, match="q is not 16-byte aligned"):
-        binding.call("forward", ctypes.byref(problem), 64, 64, odd, good, good, good, None)
+        binding.call("forward", ctypes.byref(problem), 64, 64, None, odd, good, good, good, None)
     with pytest.raises(RuntimeError, match="a batch without rows"):
-        binding.call("forward", ctypes.byref(_problem(query_rows=0)), 64, 64, good, good, good, good, None)
+        binding.call("forward", ctypes.byref(_problem(query_rows=0)), 64, 64, None, good, good, good, good, None)
 
 
 def test_memory_that_a_call_needs(library: ctypes.CDLL) -> None:
     # At D = 128 short sequences have a pass for dQ; long ones, and D = 64, gather it in sums.
-    short, problem = ctypes.byref(_problem()), ctypes.byref(_problem(key_rows=3 * 2048))
-    assert [binding.call("workspace_bytes", short, b, d) for b, d in ((0, 0), (1, 0), (1, 1))] == [64, 128, 128]
-    assert binding.call("workspace_bytes", ctypes.byref(_problem(qk_dim=64, v_dim=64)), 1, 0) > 1000 * 4 * 64 * 4
-    plain, ordered = (binding.call("workspace_bytes", problem, 1, d) for d in (0, 1))
+    short, problem = _problem(), _problem(key_rows=3 * 2048)
+    assert [_workspace(short, b, d) for b, d in ((0, 0), (1, 0), (1, 1))] == [64, 128, 128]
+    assert _workspace(_problem(qk_dim=64, v_dim=64), 1) > 1000 * 4 * 64 * 4
+    plain, ordered = (_workspace(problem, 1, d) for d in (0, 1))
     # At least a float for each element of q, at most with each of three sequences padded to a tile of 128 rows.
     assert 1000 * 4 * 128 * 4 <= plain <= (1000 + 4 * 128) * 4 * 128 * 4 + 128
     assert plain < ordered < plain + 4096
-    assert (binding.call("plan_bytes", problem) - 12) % 32 == 0  # records of 32 bytes, a place for each sequence's dS
+    # Records of 32 bytes, a place for each sequence's dS.
+    assert (binding.call("plan_bytes", ctypes.byref(problem)) - 12) % 32 == 0
 
 
 def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes.CDLL) -> None:
-    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128, 192)}
-    long = {size: rows // size + 3 for size in (64, 128, 192)}
+    rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128, 192, 256)}
+    long = {size: rows // size + 3 for size in (64, 128, 192, 256)}
     # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too;
-    # 192 queries where dS is in memory, as with a relative bias, with a place for each sequence's.
+    # with a relative bias twice 128 queries forward, 192 where dS or the bias is in memory, and a place for each
+    # sequence's.
     problem = _problem(query_rows=rows, key_rows=rows)
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64] + long[192]) + 12
+    assert (
+        binding.call("plan_bytes", ctypes.byref(problem))
+        == 64 + 32 * (2 * long[128] + long[64] + long[192] + long[256]) + 12
+    )
     # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
     assert (
-        binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64] + short[192]) + 12
+        binding.call("plan_bytes", ctypes.byref(_problem()))
+        == 64 + 32 * (4 * short[128] + short[64] + short[192] + short[256]) + 12
     )
     # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; dS in memory without one.
     problem = _problem(qk_dim=256, v_dim=256)
     assert (
         binding.call("plan_bytes", ctypes.byref(problem))
-        == 64 + 32 * (3 * short[128] + 2 * short[64] + short[192]) + 12
+        == 64 + 32 * (3 * short[128] + 2 * short[64] + short[192] + short[256]) + 12
     )
-    # D = 64 keeps no dS.
-    problem = _problem(qk_dim=64, v_dim=64)
-    assert (binding.call("plan_bytes", ctypes.byref(problem)) - 64) % 32 == 0
+    # D = 64 keeps a relative bias forward, D = 32 nothing.
+    for dim, places in ((64, 12), (32, 0)):
+        problem = _problem(qk_dim=dim, v_dim=dim)
+        assert (binding.call("plan_bytes", ctypes.byref(problem)) - 64 - places) % 32 == 0
 
 
 def test_memory_of_a_relative_bias(library: ctypes.CDLL) -> None:
-    """Forward at D = 128 it lies in memory once for all heads: fp16 in cells of 192 queries and 64 keys."""
+    """Forward it lies in memory once for all heads: fp16 in cells of 192 queries and 64 keys."""
     needed = {}
     for heads in (1, 4):
         problem = _problem(heads=heads, sequences=2, query_rows=2 * 384, key_rows=2 * 384)
-        assert binding.call("workspace_bytes", ctypes.byref(problem), 0, 0) == 64
+        assert _workspace(problem) == 64
         problem.bias.kind = 1
-        needed[heads] = binding.call("workspace_bytes", ctypes.byref(problem), 0, 0)
+        needed[heads] = _workspace(problem)
         problem.bias.kind = 2
-        assert binding.call("workspace_bytes", ctypes.byref(problem), 0, 0) == 64
+        assert _workspace(problem) == 64
     # A causal sequence has 3 and 6 cells; room for one and a half times two sequences.
     assert needed[1] == needed[4] == 128 + 3 * 9 * 192 * 64 * 2
 
 
-def _in_process(gib: str | None, dim: int, kind: int, backward: int) -> subprocess.CompletedProcess[str]:
-    """Prints a workspace's size, with GENREC_ATTENTION_STORED_GIB, which the library reads once."""
-    words = (f"from tests.unit.attention import test_cutlass_native as t; import ctypes; p = t._problem(qk_dim={dim}, "
-             f"v_dim={dim}); p.bias.kind = {kind}; "
-             f"print(t.binding.call('workspace_bytes', ctypes.byref(p), {backward}, 0))")  # fmt: skip
-    environment = {name: x for name, x in os.environ.items() if name != "GENREC_ATTENTION_STORED_GIB"}
-    environment |= {} if gib is None else {"GENREC_ATTENTION_STORED_GIB": gib}
+def test_a_relative_bias_is_kept_for_the_backward_pass(library: ctypes.CDLL) -> None:
+    """Where the forward pass has it in memory and the backward pass reads it: in the workspace of neither then."""
+    problem = _problem(sequences=2, query_rows=2 * 384, key_rows=2 * 384)
+    for kind in (0, 2):
+        problem.bias.kind = kind
+        assert _kept(problem) == 0
+    problem.bias.kind = 1
+    kept = _kept(problem)
+    assert kept == 3 * 9 * 192 * 64 * 2
+    assert _workspace(problem, kept=1) == 64
+    problem.qk_dim = problem.v_dim = 256
+    assert _kept(problem) == kept
+    problem.qk_dim = problem.v_dim = 64  # the backward pass computes it
+    assert _workspace(problem) == 128 + kept
+    assert _kept(problem) == 0
+    good = binding.Matrix(4096, 512, 128)
+    with pytest.raises(RuntimeError, match="memory was given to keep a bias in, where none is kept"):
+        binding.call("forward", ctypes.byref(problem), 64, 64, 64, good, good, good, good, None)
+    with pytest.raises(RuntimeError, match="memory was given to keep a bias in, where none is kept"):
+        binding.call("backward", ctypes.byref(problem), 64, 64, 64, 0, *[good] * 7, None)
+
+
+def _workspace(problem: binding.Problem, backward: int = 0, deterministic: int = 0, kept: int = 0) -> int:
+    return binding.call("workspace_bytes", ctypes.byref(problem), backward, deterministic, kept)
+
+
+def _kept(problem: binding.Problem) -> int:
+    return binding.call("kept_bytes", ctypes.byref(problem))
+
+
+def _in_process(size: str, dim: int, kind: int, **limits: str | None) -> subprocess.CompletedProcess[str]:
+    """Prints a size with limits of memory, GENREC_ATTENTION_<name>_GIB, which the library reads once."""
+    words = (f"from tests.unit.attention import test_cutlass_native as t; p = t._problem(qk_dim={dim}, v_dim={dim}); "
+             f"p.bias.kind = {kind}; print(t.{size})")  # fmt: skip
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("GENREC_ATTENTION_")}
+    environment |= {f"GENREC_ATTENTION_{name}_GIB": gib for name, gib in limits.items() if gib is not None}
     return subprocess.run([sys.executable, "-c", words], cwd=SOURCES.parent, env=environment, capture_output=True,
                           text=True)  # fmt: skip
 
 
 @pytest.mark.parametrize(("dim", "kind", "backward"), [(256, 0, 1), (128, 1, 0)])
 def test_memory_of_ds_and_of_a_bias_is_limited(library: ctypes.CDLL, dim: int, kind: int, backward: int) -> None:
-    none, few, all_ = (int(_in_process(gib, dim, kind, backward).stdout) for gib in ("0", "0.001", None))
+    size = f"_workspace(p, {backward})"
+    none, few, all_ = (int(_in_process(size, dim, kind, STORED=gib).stdout) for gib in ("0", "0.001", None))
     assert none < few < all_
     assert few <= none + 2**30 // 1000
 
 
+def test_memory_of_a_kept_bias_is_limited(library: ctypes.CDLL) -> None:
+    """All of it or nothing; what isn't kept is in the workspaces."""
+    all_, just, less, none = (int(_in_process("_kept(p)", 128, 1, KEPT=gib).stdout) for gib in
+                              (None, "0.001", "0.0009", "0"))  # fmt: skip
+    assert 2**30 * 9 // 10000 < all_ == just <= 2**30 // 1000
+    assert less == none == 0
+    assert int(_in_process("_workspace(p)", 128, 1, KEPT="0").stdout) == all_ + 128
+    assert int(_in_process("_kept(p)", 128, 1, STORED="0").stdout) == 0
+
+
+@pytest.mark.parametrize("name", ["STORED", "KEPT"])
 @pytest.mark.parametrize("text", ["many", "", "-1", "2 GiB", "nan", "1e9"])
-def test_a_limit_that_is_no_number_is_refused(library: ctypes.CDLL, text: str) -> None:
-    done = _in_process(text, 128, 0, 0)
+def test_a_limit_that_is_no_number_is_refused(library: ctypes.CDLL, text: str, name: str) -> None:
+    done = _in_process("_workspace(p)", 128, 0, **{name: text})
     assert done.returncode != 0
-    assert f"GENREC_ATTENTION_STORED_GIB must be a number of GiB, got '{text}'" in done.stderr
+    assert f"GENREC_ATTENTION_{name}_GIB must be a number of GiB, got '{text}'" in done.stderr
