@@ -58,8 +58,9 @@ __device__ inline void release(const EmptyBarrier& empty) {
   if (threadIdx.x % 32 < kArrivalsPerWarp) empty.arrive();
 }
 
-// A single thread that counts as a warp.
+// A single thread that counts as a warp. What it read before has been read: the compiler would move that behind.
 __device__ inline void arrive_as_warp(const EmptyBarrier& empty) {
+  keep_accesses();
   for (int n = 0; n < kArrivalsPerWarp; ++n) empty.arrive();
 }
 
