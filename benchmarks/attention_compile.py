@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 from genrec.attention.triton import launch, launch_backward, launch_stored
 from genrec.attention.triton.configs import Config, Shape, candidates
+from genrec.attention.triton.prepared import Places
 
 KINDS: tuple[str, ...] = (
     "forward", "backward", "backward_values", "backward_rows", "backward_tables",
@@ -72,6 +73,9 @@ class _Plans:
 
     def extrema(self, of_keys: bool, block: int, longest: int) -> tuple[Tensor, Tensor]:
         return _meta(1024, dtype=torch.int64), _meta(1024, dtype=torch.int64)
+
+    def spans(self, places: Places, buckets: int, longest: tuple[int, int]) -> Tensor:
+        return _meta(places.tiles, dtype=torch.int32)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
     python benchmarks/attention_stored.py                            # 4 heads of 128, S = 4096: a minute
     python benchmarks/attention_stored.py --dim 64 --lengths 4096 1024
+    python benchmarks/attention_stored.py --only bias forward        # these kernels, then the whole passes
 
 Each kernel is launched with several blocks. What comes of it is compared with the fp64 reference on a small batch
 (sequences of 700, 1, 333 and 366 tokens, then the same with contexts and targets) before it is timed; a launch is timed
@@ -16,7 +17,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,25 +69,40 @@ class Part:
 
 def parts() -> list[Part]:
     """What is timed; blocks are rows x keys."""
-    fill = [(32, 4), (16, 4), (64, 4), (32, 2)]
-    forward = [(128, 64, 4, 2), (128, 64, 8, 3), (128, 64, 4, 3)]
+    fill = [(32, 4, 4), (32, 4, 8), (32, 4, 2), (32, 4, 1), (16, 4, 4), (64, 4, 4), (32, 8, 4), (32, 2, 4)]
+    forward = [(128, 64, 4, 2, 1), (128, 64, 4, 2, 0), (128, 64, 4, 2, 2), (128, 64, 8, 3, 1), (128, 64, 4, 3, 1)]
     keys = [(64, 64, 4, 2), (64, 128, 8, 3), (64, 64, 4, 1), (32, 64, 4, 3)]
     rows = [(128, 64, 4, 3), (128, 64, 8, 4), (128, 64, 4, 2), (128, 32, 4, 4)]
     tables = [(64, 4, 4, 1024), (64, 4, 8, 1024), (64, 4, 2, 1024), (64, 4, 4, 672)]
     return [
-        *(Part("bias of rows", ("out",), Config(128, 64, warps, 1, stored=True), lines) for lines, warps in fill),
+        *(Part("bias of rows", ("out",), Config(128, 64, warps, 1, stored=True), lines,
+               (("FILL_PARTS", programs),)) for lines, warps, programs in fill),
         *(Part("forward computed", ("out",), Config(*block))
           for block in ((64, 64, 4, 2), (128, 64, 8, 3))),
-        *(Part("forward", ("out",), Config(*block, stored=True)) for block in forward),
+        *(Part("forward", ("out",), Config(*block, stored=True), 0, (("BIAS_AHEAD", ahead),))
+          for *block, ahead in forward),
         *(Part("position alone", (), Config(*block)) for block in ((64, 64, 4, 2), (128, 64, 4, 2))),
         *(Part("no bias", (), Config(*block)) for block in ((128, 64, 4, 2),)),
-        *(Part("bias of keys", ("dk", "dv"), Config(64, 64, warps, 1, passes="stored"), lines)
-          for lines, warps in fill),
+        *(Part("bias of keys", ("dk", "dv"), Config(64, 64, warps, 1, passes="stored"), lines,
+               (("FILL_PARTS", programs),)) for lines, warps, programs in fill),
         *(Part("keys", ("dk", "dv"), Config(*block, passes="stored")) for block in keys),
         *(Part("rows", ("dq",), Config(*block)) for block in rows),
         *(Part("tables", ("d_position", "d_time"), Config(block, block, warps, 1), 0,
                (("PARTS", programs), ("REGISTERS", registers))) for block, warps, programs, registers in tables),
     ]  # fmt: skip
+
+
+@contextmanager
+def settings(part: Part) -> Iterator[None]:
+    """Of `launch_stored`, meanwhile."""
+    before = {name: getattr(launch_stored, name) for name, _ in part.settings}
+    try:
+        for name, value in part.settings:
+            setattr(launch_stored, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(launch_stored, name, value)
 
 
 def launcher(part: Part, call: launch.Call, d_out: Tensor) -> tuple[Callable[[], object], Callable[[], dict[str, Any]]]:
@@ -122,15 +139,7 @@ def launcher(part: Part, call: launch.Call, d_out: Tensor) -> tuple[Callable[[],
     if part.name == "rows":
         return partial(launch_backward.launch_stored_rows, call, gradients, config), results
 
-    def launch_tables() -> None:
-        before = {name: getattr(launch_stored, name) for name, _ in part.settings}
-        for name, value in part.settings:
-            setattr(launch_stored, name, value)
-        launch_backward.launch_stored_tables(call, gradients, writer, config)
-        for name, value in before.items():
-            setattr(launch_stored, name, value)
-
-    return launch_tables, results
+    return partial(launch_backward.launch_stored_tables, call, gradients, writer, config), results
 
 
 def contexts_and_targets(device: torch.device) -> AttentionMask:
@@ -159,7 +168,8 @@ def compile_part(dim: int, number: int) -> str:
         return ""
     part = parts()[number]
     try:
-        launcher(part, call_of(batch), batch.d_out)[0]()
+        with settings(part):
+            launcher(part, call_of(batch), batch.d_out)[0]()
     except Exception as error:
         return f"{part.name} {part}: {type(error).__name__} {str(error)[:100]}"
     return ""
@@ -167,9 +177,10 @@ def compile_part(dim: int, number: int) -> str:
 
 def error_of(small: Small, part: Part) -> float:
     """Largest error of what the kernel makes, as a share of the largest value."""
-    run, results = launcher(part, call_of(small.batch), small.batch.d_out)
-    run()
-    made = results()
+    with settings(part):
+        run, results = launcher(part, call_of(small.batch), small.batch.d_out)
+        run()
+        made = results()
     return max(small.distance(name, made[name]) for name in part.wanted)
 
 
@@ -184,11 +195,13 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dim", type=int, choices=[64, 128], default=128)
     p.add_argument("--lengths", type=int, nargs="+", default=[4096])
+    p.add_argument("--only", nargs="+", default=[""], metavar="START", help="kernels whose names begin so")
     options = p.parse_args()
     dim, begin, wrong = options.dim, time.perf_counter(), 0
-    wanted = parts()
-    with multiprocessing.get_context("spawn").Pool(min(len(wanted), os.cpu_count() or 4)) as pool:
-        for line in pool.starmap(compile_part, [(dim, n) for n in range(-3, len(wanted))], 1):
+    numbers = [n for n, part in enumerate(parts()) if part.name.startswith(tuple(options.only))]
+    wanted = [parts()[n] for n in numbers]
+    with multiprocessing.get_context("spawn").Pool(min(len(wanted) + 3, os.cpu_count() or 4)) as pool:
+        for line in pool.starmap(compile_part, [(dim, n) for n in (-3, -2, -1, *numbers)], 1):
             if line:
                 print(line)
     print(f"{headline()}\n\n4 heads of {dim}, bf16, causal, relative bias, {TOKENS} tokens; "
@@ -205,7 +218,8 @@ def main() -> int:
             cells = [f"{off:.1e}" if off < BOUND else f"**{off:.1e}**"] if part.wanted else ["not compared"]
             wrong += not off < BOUND
             for length, batch in batches.items():
-                took = timed(launcher(part, calls[length], batch.d_out)[0], 0.03)
+                with settings(part):
+                    took = timed(launcher(part, calls[length], batch.d_out)[0], 0.03)
                 cells.append(f"{took.middle:.3f} ({took.least:.3f})")
                 if off < BOUND and length == options.lengths[0]:
                     best[part.name] = min(best.get(part.name, (float("inf"), part.config)), (took.middle, part.config),

@@ -3,8 +3,8 @@
     python benchmarks/layer_kernels.py [--tokens 131072] [--heads 4] [--head-dim 256] [--only merge]
 
 Each kernel runs in the form of `benchmarks/layer.py --quick` (SiLU on u, v, q, k; u * norm(a); affine norms; bf16). The
-line named "default" is what the library launches. Bytes are those of the tensors that a kernel must read and write
-once. Kernels are compiled in several processes before.
+line named "default" is what the library launches; "du apart": where u's gradient has a tensor of its own. Bytes are
+those of the tensors that a kernel must read and write once. Kernels are compiled in several processes before.
 """
 
 from __future__ import annotations
@@ -97,14 +97,19 @@ def kernels(rows: int, heads: int, dim: int) -> dict[str, Kernel]:
     gated = partial(
         gate.gated_product, parts[0], u, None, weight, bias, None, 1, 1e-5, 0.0, False, True, torch.bfloat16
     )
-    back = partial(gate.gated_product_backward, dy, parts[0], u, None, weight, bias, None, mean, rstd, 0.0, False, True)
+    inputs = dy, parts[0], u, None, weight, bias, None, mean, rstd, 0.0, False, True
+    room = silu.GradientRoom(4 * width, True)
+    du = room.make(u)
+    whole = du.as_strided(y.shape, y.stride())
     return {
         "norm": Kernel(partial(norm.layer_norm, x, weight, bias, 1, 1e-5, torch.bfloat16), 2, PLAIN),
         "norm backward": Kernel(partial(norm.layer_norm_backward, dy, x, weight, bias, mean, rstd, more), 4, LOOPS),
         "gate": Kernel(gated, 3, PLAIN),
-        "gate backward": Kernel(back, 5, LOOPS),
+        "gate backward": Kernel(partial(gate._backward_into, du, True, *inputs), 5, LOOPS),
+        "gate backward, du apart": Kernel(partial(gate.gated_product_backward, *inputs), 5, LOOPS[:9]),
         "activate": Kernel(partial(silu.activate_uvqk, y, dim, dim, False), 6, PLAIN),
-        "merge": Kernel(partial(silu.merge_uvqk, *parts, y, True), 11, MERGE),
+        "merge": Kernel(partial(silu._merge_into, whole, None, *parts[1:], y, True), 9, MERGE),
+        "merge, du apart": Kernel(partial(silu.merge_uvqk, *parts, y, True), 11, MERGE[:9]),
     }
 
 

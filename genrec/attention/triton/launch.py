@@ -171,6 +171,7 @@ def launch_forward(call: Call, out: Tensor, config: Config, tiles: launch_stored
         "k_descriptor": descriptor(call.k, config.keys, config),
         "v_descriptor": descriptor(call.v, config.keys, config),
         "V_WIDTH": _width_beside(call.v, call.shape),
+        "BIAS_AHEAD": launch_stored.BIAS_AHEAD,
     }  # fmt: skip
     start(forward_kernel, call, config, call.pieces(config, of_keys=False), arguments)
 

@@ -21,24 +21,19 @@ from torch import Tensor
 from genrec.attention.triton.configs import Config
 from genrec.attention.triton.kernels.backward_stored import CELL, stored_rows_kernel, stored_tables_kernel
 from genrec.attention.triton.kernels.bias_tiles import bias_kernel
+from genrec.attention.triton.prepared import Places
 
 if TYPE_CHECKING:
     from genrec.attention.triton.launch import Call
 
 PARTS = 4
-"""Programs that share the tiles of a block of rows or keys, or of a diagonal."""
+"""Programs that share the tiles of a diagonal."""
+
+FILL_PARTS = 4
+"""Programs that share those of a block of rows or keys whose bias is computed."""
 
 REGISTERS = 1024
 """Of a lane of all warps of a program that waits for memory: two such programs fit a multiprocessor."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Of tiles of all sequences: see `kernels.stored`."""
-
-    per_row: int
-    wide: bool
-    tiles: int
 
 
 def places(call: Call, rows: int, keys: int) -> Places:
@@ -50,7 +45,7 @@ def places(call: Call, rows: int, keys: int) -> Places:
     else:
         parts, block = larger // rows * (larger // keys), larger
         per_row = triton.cdiv(parts * (triton.cdiv(call.max_q_len, larger) + 1), 2)
-    return Places(per_row, wide, call.prepared.bound(False, block) * per_row)
+    return Places(rows, keys, per_row, wide, call.prepared.bound(False, block) * per_row)
 
 
 @cache
@@ -84,6 +79,10 @@ def loads(call: Call, config: Config, of_keys: bool) -> bool:
     return not call.fragments or (config.warps >= 4 and lines % (16 * config.warps) == 0)
 
 
+BIAS_AHEAD = 1
+"""Which tile of the bias the forward kernel asks for while it multiplies: this one (1), the next (2) or none (0)."""
+
+
 @dataclass(frozen=True)
 class BiasTiles:
     """The relative bias of a batch, for one kernel's blocks."""
@@ -111,12 +110,15 @@ def fill_bias(call: Call, config: Config, of_keys: bool, lines: int = 32, warps:
     found = places(call, config.rows, config.keys)
     dtype = torch.float16 if call.q.element_size() == 2 else torch.float32
     tiles = torch.empty(found.tiles * config.rows * config.keys, dtype=dtype, device=call.q.device)
-    common = call.common(config, of_keys)
+    common, spans = call.common(config, of_keys), None
+    if call.time is not None:
+        spans = call.prepared.spans(found, call.time.numel(), (call.max_q_len, call.max_kv_len))
     arguments = {name: x for name, x in common.items() if name in bias_kernel.arg_names} | {
-        "bias_tiles": tiles, "bias_per_row": found.per_row, "parts": PARTS, "OF_KEYS": of_keys, "WIDE": found.wide,
+        "bias_tiles": tiles, "bias_per_row": found.per_row, "tiles": found.tiles, "spans": spans,
+        "parts": FILL_PARTS, "OF_KEYS": of_keys, "WIDE": found.wide,
         "LINES": min(lines, config.keys if of_keys else config.rows), "num_warps": warps,
     }  # fmt: skip
-    programs = call.prepared.bound(of_keys, config.keys if of_keys else config.rows) * PARTS
+    programs = call.prepared.bound(of_keys, config.keys if of_keys else config.rows) * FILL_PARTS
     launch.start(bias_kernel, call, config, programs, arguments)
     return BiasTiles(tiles, found)
 

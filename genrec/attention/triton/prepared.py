@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,9 +16,22 @@ from torch import Tensor
 
 from genrec.attention.triton.kernels.bias import extrema_kernel
 from genrec.attention.triton.kernels.schedule import plan_kernel
+from genrec.attention.triton.kernels.spans import span_kernel
 
 _KEPT = 4
 _CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of tiles of all sequences: see `kernels.stored`."""
+
+    rows: int
+    keys: int
+    """Of a tile."""
+    per_row: int
+    wide: bool
+    tiles: int
 
 
 class Prepared:
@@ -36,6 +50,7 @@ class Prepared:
         self.batch = offsets[0].numel() - 1
         self._items: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
         self._extrema: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
+        self._spans: dict[tuple[Places, int], Tensor] = {}
 
     def bound(self, of_keys: bool, block: int) -> int:
         """No less than the blocks of all sequences; known without a look at the device."""
@@ -62,6 +77,19 @@ class Prepared:
             extrema_kernel[grid](*self.times, *self.offsets, low, high, KEYS=of_keys, BLOCK=block)
             self._extrema[of_keys, block] = low, high
         return self._extrema[of_keys, block]
+
+    def spans(self, places: Places, buckets: int, longest: tuple[int, int]) -> Tensor:
+        """(tiles,) int32, the buckets of each tile: see `span_kernel`."""
+        if (places, buckets) not in self._spans:
+            spans = torch.empty(places.tiles, dtype=torch.int32, device=self.offsets[0].device)
+            items, count = self.items(False, places.rows)
+            extrema = *self.extrema(False, places.rows, longest[0]), *self.extrema(True, places.keys, longest[1])
+            span_kernel[(self.bound(False, places.rows),)](
+                spans, *self.offsets, items, count, *extrema, places.per_row, places.tiles,
+                BUCKETS=buckets, WIDE=places.wide, ROWS=places.rows, KEYS=places.keys, CHUNK=128,
+            )  # fmt: skip
+            self._spans[places, buckets] = spans
+        return self._spans[places, buckets]
 
 
 _lock = threading.Lock()

@@ -13,18 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genrec._ops import op
-from genrec.layers.triton._launch import check, loop, on_device, tile
+from genrec._ops import op, untraced
+from genrec.layers.triton._launch import check, loop, on_device, three_at_once, tile
 from genrec.layers.triton.dropout import keep_mask, threshold
 from genrec.layers.triton.norm import (
     affine_kind,
     fake_affine,
     input_gradient,
     load_affine,
+    new_affine,
     statistics,
     store_affine,
     sum_affine,
 )
+
+ROOM = "_gradient_room"
+"""Attribute of a gate's tensor: the `silu.GradientRoom` where its gradient is wanted."""
 
 
 @triton.jit
@@ -73,9 +77,9 @@ def _forward(a_ptr, u_ptr, n_ptr, w_ptr, b_ptr, seed_ptr, y_ptr, mean_ptr, rstd_
 
 @triton.jit
 def _backward(dy_ptr, a_ptr, u_ptr, n_ptr, w_ptr, b_ptr, seed_ptr, mean_ptr, rstd_ptr,
-              da_ptr, du_ptr, dn_ptr, dw_ptr, db_ptr, rows, groups, dim,
-              sdy_row, sdy_col, sa_row, sa_head, sa_col, su_row, su_head, su_col, sn_row, sn_col, thr,
-              HEAD: tl.constexpr, CONCAT: tl.constexpr, SILU: tl.constexpr, NORMED: tl.constexpr,
+              da_ptr, du_ptr, dn_ptr, dw_ptr, db_ptr, sums_ptr, rows, groups, dim,
+              sdy_row, sdy_col, sa_row, sa_head, sa_col, su_row, su_head, su_col, sn_row, sn_col, sdu_row, sdu_head,
+              thr, HEAD: tl.constexpr, CONCAT: tl.constexpr, SILU: tl.constexpr, NORMED: tl.constexpr,
               AFFINE: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
               STAGES: tl.constexpr):  # fmt: skip
     program, group = tl.program_id(0), tl.program_id(1)
@@ -88,6 +92,7 @@ def _backward(dy_ptr, a_ptr, u_ptr, n_ptr, w_ptr, b_ptr, seed_ptr, mean_ptr, rst
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dw = tl.zeros([ROWS, COLS], tl.float32)
     db = tl.zeros([ROWS, COLS], tl.float32)
+    u_sum = tl.zeros([ROWS, COLS], tl.float32)
     for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
         ok = (row < rows)[:, None] & (col < dim)[None, :]
@@ -122,10 +127,15 @@ def _backward(dy_ptr, a_ptr, u_ptr, n_ptr, w_ptr, b_ptr, seed_ptr, mean_ptr, rst
             s = tl.sigmoid(raw)
             du = du * s * (1.0 + raw * (1.0 - s))
         to = row[:, None] * (groups * dim) + at
-        tl.store(du_ptr + to, du.to(du_ptr.dtype.element_ty), mask=ok)
+        tl.store(du_ptr + row[:, None] * sdu_row + head * sdu_head + inner, du.to(du_ptr.dtype.element_ty), mask=ok)
+        if sums_ptr is not None:
+            u_sum += du
         if not NORMED or CONCAT:
             tl.store(da_ptr + to, da.to(da_ptr.dtype.element_ty), mask=ok)
     store_affine(dw_ptr, db_ptr, dw, db, program, group, groups, col, dim, AFFINE)
+    if sums_ptr is not None:
+        to = (program * groups + group).to(tl.int64) * dim + col
+        tl.store(sums_ptr + to, tl.sum(u_sum, 0), mask=col < dim)
 
 
 def _sizes(a: Tensor, groups: int) -> tuple[int, int, int, int]:
@@ -223,26 +233,52 @@ def gated_product_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(da, du, dnormed, dweight, dbias); those of inputs that are missing or not read are empty."""
+    du = u.new_empty(u.shape)
+    da, dn, dw, db, _ = _backward_into(du, False, dy, a, u, normed, weight, bias, seed, mean, rstd, dropout, concat,
+                                       silu)  # fmt: skip
+    return da, du, dn, dw, db
+
+
+def _backward_into(
+    du: Tensor,
+    sums: bool,
+    dy: Tensor,
+    a: Tensor,
+    u: Tensor,
+    normed: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
+    concat: bool,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(da, dnormed, dweight, dbias, partial sums of du over rows (n, H, Dv)) of `gated_product_backward`, which fills
+    du, of any strides but contiguous columns."""
     rows, head, groups, dim = _sizes(a, mean.shape[1])
     width = groups * dim
     da = a.new_empty(a.shape if normed is None or concat else 0)
-    du = u.new_empty(u.shape)
     dn = a.new_empty(0) if normed is None else normed.new_empty(normed.shape)
     # The concatenated form has twice as much in registers.
     cut = loop(a, dim, groups, 5, 8, 128) if concat else loop(a, dim, groups, 3, 16, 64)
-    sums = 0 if weight is None else weight.numel()
-    dw, db = (torch.zeros(cut.programs, sums, dtype=torch.float32, device=a.device) for _ in range(2))
+    affine = new_affine(cut.programs, weight, a)
+    partial = torch.empty(cut.programs if sums else 0, *a.shape[1:], dtype=torch.float32, device=a.device)
     thr = threshold(dropout)
-    if du.numel():
+    if du.numel() == 0:
+        affine.zero_(), partial.zero_()
+    else:
         with on_device(a):
             _backward[(cut.programs, groups)](
-                dy, a, u, normed, weight, bias, seed, mean, rstd, da, du, dn, dw, db, rows, groups, dim,
-                *dy.stride(), *a.stride(), *u.stride(), *((0, 0) if normed is None else normed.stride()), thr,
+                dy, a, u, normed, weight, bias, seed, mean, rstd, da, du, dn, *affine, partial if sums else None, rows,
+                groups, dim, *dy.stride(), *a.stride(), *u.stride(), *((0, 0) if normed is None else normed.stride()),
+                *du.stride()[:2], thr,
                 HEAD=head, CONCAT=concat, SILU=silu, NORMED=normed is not None, DROPOUT=thr > 0,
                 AFFINE=affine_kind(weight, groups, width), ROWS=cut.rows, COLS=cut.columns, STAGES=cut.stages,
-                num_warps=cut.warps,
+                num_warps=cut.warps, **three_at_once(cut.warps),
             )  # fmt: skip
-    return da, du, dn, *sum_affine(dw, db, weight, bias)
+    return da, dn, *sum_affine(affine, weight, bias), partial
 
 
 @gated_product_backward.register_fake
@@ -268,13 +304,20 @@ def _(
 def _setup(ctx, inputs, output) -> None:
     a, u, normed, weight, bias, seed, _, _, ctx.dropout, ctx.concat, ctx.silu, _ = inputs
     _, mean, rstd = output
+    ctx.room = getattr(u, ROOM, None)
     ctx.save_for_backward(a, u, normed, weight, bias, seed, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _differentiate(ctx, dy, _mean, _rstd):
     _, _, normed, weight, bias, *_ = saved = ctx.saved_tensors
-    da, du, dn, dw, db = gated_product_backward(dy, *saved, ctx.dropout, ctx.concat, ctx.silu)
+    inputs = [dy, *saved, ctx.dropout, ctx.concat, ctx.silu]
+    if ctx.room is None or not untraced(inputs):
+        da, du, dn, dw, db = gated_product_backward(*inputs)
+    else:
+        du = ctx.room.make(saved[1])
+        da, dn, dw, db, sums = _backward_into(du, ctx.room.sums, *inputs)
+        ctx.room.put(du, sums)
     given = [
         da if normed is None or ctx.concat else None,
         du,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ from genrec.layers.recompute import Recomputed, check_recompute
 from genrec.layers.triton._launch import DTYPES, MAX_WIDTH, check_machine
 from genrec.layers.triton.dropout import new_seed, threshold
 from genrec.layers.triton.encodings import add_encodings
-from genrec.layers.triton.gate import gated_product
+from genrec.layers.triton.gate import ROOM, gated_product
 from genrec.layers.triton.norm import NormAndResidual, layer_norm
 from genrec.layers.triton.rows import place_rows, take_rows
-from genrec.layers.triton.silu import BiasGradient, Projection, SplitActivated
+from genrec.layers.triton.silu import BiasGradient, GradientRoom, Projection, SplitActivated
 
 
 class _PlainNorm(NamedTuple):
@@ -65,10 +66,12 @@ class TritonLayerOps:
         bias = BiasGradient() if _is_plain(linear) else None
         projection = linear if bias is None else partial(_projected, linear, bias)
         y, recomputed = project(normed, normalise, projection, "norm" in self.recompute, again)
-        if recomputed is None:
-            return x, *SplitActivated.apply(y, *widths, silu_all, False, bias)
-        with recomputed.saved():
-            return x, *SplitActivated.apply(y, *widths, silu_all, True, bias)
+        room = None if torch.compiler.is_compiling() else GradientRoom(y.shape[1], bias is not None)
+        with nullcontext() if recomputed is None else recomputed.saved():
+            u, v, q, k = SplitActivated.apply(y, *widths, silu_all, recomputed is not None, bias, room)
+        if room is not None:
+            setattr(u, ROOM, room)
+        return x, u, v, q, k
 
     def gated_output(
         self,

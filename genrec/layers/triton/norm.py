@@ -186,22 +186,29 @@ def layer_norm_backward(
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     kind = affine_kind(weight, groups, width)
     cut = loop(x, dim, groups, 2 + (more is not None), 16, 64)
-    sums = 0 if weight is None else weight.numel()
-    dw, db = (torch.zeros(cut.programs, sums, dtype=torch.float32, device=x.device) for _ in range(2))
-    if dx.numel():
+    affine = new_affine(cut.programs, weight, x)
+    if dx.numel() == 0:
+        affine.zero_()
+    else:
         with on_device(x):
             _backward[(cut.programs, groups)](
-                dy, x, weight, bias, mean, rstd, more, dx, dw, db, rows, groups, dim,
+                dy, x, weight, bias, mean, rstd, more, dx, *affine, rows, groups, dim,
                 *dy.stride(), *x.stride(), *((0, 0) if more is None else more.stride()),
                 MORE=more is not None, AFFINE=kind, ROWS=cut.rows, COLS=cut.columns, STAGES=cut.stages,
                 num_warps=cut.warps,
             )  # fmt: skip
-    return dx, *sum_affine(dw, db, weight, bias)
+    return dx, *sum_affine(affine, weight, bias)
 
 
-def sum_affine(dw: Tensor, db: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def new_affine(programs: int, weight: Tensor | None, x: Tensor) -> Tensor:
+    """Room for the sums of weight and bias that each program writes, (2, programs, their size)."""
+    size = 0 if weight is None else weight.numel()
+    return torch.empty(2, programs, size, dtype=torch.float32, device=x.device)
+
+
+def sum_affine(affine: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The programs' sums added up, in the dtypes of weight and bias; always in the same order."""
-    dw, db = dw.sum(0), db.sum(0)
+    dw, db = affine[0].sum(0), affine[1].sum(0)
     return (dw if weight is None else dw.to(weight.dtype)), (db if bias is None else db.to(bias.dtype))
 
 

@@ -62,7 +62,8 @@ def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_hea
            q_row, q_head, q_col, k_row, k_head, k_col, sy_row, sy_col,
            SILU: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, V_COLS: tl.constexpr,
            QK_COLS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """dy from its parts; with SUMS also this program's sums over its rows, (programs, width)."""
+    """dy from its parts; with SUMS also this program's sums over its rows, (programs, width). du may be None: there
+    already, and its sums too."""
     program, head = tl.program_id(0), tl.program_id(1)
     wide = 2 * (v_dim + qk_dim)
     u_sum = tl.zeros([ROWS, V_COLS], tl.float32)
@@ -71,8 +72,11 @@ def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_hea
     k_sum = tl.zeros([ROWS, QK_COLS], tl.float32)
     for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
-        u = _merge_part(du, u_row, u_head, u_col, y, dy, row, rows, head, wide, 0, v_dim, sy_row, sy_col, width,
-                        False, V_COLS)  # fmt: skip
+        if du is not None:
+            u = _merge_part(du, u_row, u_head, u_col, y, dy, row, rows, head, wide, 0, v_dim, sy_row, sy_col, width,
+                            False, V_COLS)  # fmt: skip
+            if SUMS:
+                u_sum += u
         v = _merge_part(dv, v_row, v_head, v_col, y, dy, row, rows, head, wide, v_dim, v_dim, sy_row, sy_col, width,
                         SILU, V_COLS)  # fmt: skip
         q = _merge_part(dq, q_row, q_head, q_col, y, dy, row, rows, head, wide, 2 * v_dim, qk_dim, sy_row, sy_col,
@@ -80,13 +84,13 @@ def _merge(du, dv, dq, dk, y, dy, sums, rows, width, v_dim, qk_dim, u_row, u_hea
         k = _merge_part(dk, k_row, k_head, k_col, y, dy, row, rows, head, wide, 2 * v_dim + qk_dim, qk_dim, sy_row,
                         sy_col, width, SILU, QK_COLS)  # fmt: skip
         if SUMS:
-            u_sum += u
             v_sum += v
             q_sum += q
             k_sum += k
     if SUMS:
         at = program.to(tl.int64) * width + head * wide
-        _store_sum(sums, u_sum, at, v_dim, V_COLS)
+        if du is not None:
+            _store_sum(sums, u_sum, at, v_dim, V_COLS)
         _store_sum(sums, v_sum, at + v_dim, v_dim, V_COLS)
         _store_sum(sums, q_sum, at + 2 * v_dim, qk_dim, QK_COLS)
         _store_sum(sums, k_sum, at + 2 * v_dim + qk_dim, qk_dim, QK_COLS)
@@ -140,21 +144,30 @@ def merge_uvqk(du: Tensor, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
         (T, H * (2 Dv + 2 Dqk)), contiguous; and with `sums` its sum over T in fp32, else nothing, (0,).
     """
     check("merge_uvqk", du, dv, dq, dk, y)
+    dy = dv.new_empty(dv.shape[0], dv.shape[1] * 2 * (dv.shape[2] + dq.shape[2]))
+    return dy, _merge_into(dy, du, dv, dq, dk, y, sums)
+
+
+def _merge_into(dy: Tensor, du: Tensor | None, dv: Tensor, dq: Tensor, dk: Tensor, y: Tensor | None,
+                sums: bool) -> Tensor:  # fmt: skip
+    """Fills dy, but for the part of a du that is None, and returns its sums, where that part is not set either."""
     rows, heads, v_dim = dv.shape
     qk_dim = dq.shape[2]
-    dy = dv.new_empty(rows, heads * 2 * (v_dim + qk_dim))
-    cut = loop(dv, max(v_dim, qk_dim), heads, 4 if y is None else 7, 8, 64)
+    cut = loop(dv, max(v_dim, qk_dim), heads, (3 if y is None else 6) + (du is not None), 8, 64)
     v_columns, qk_columns = tile(v_dim)[1], tile(qk_dim)[1]
-    partial = dv.new_zeros(cut.programs if sums else 0, dy.shape[1], dtype=torch.float32)
-    if dy.numel():
+    partial = dv.new_empty(cut.programs if sums else 0, dy.shape[1], dtype=torch.float32)
+    if dy.numel() == 0:
+        partial.zero_()
+    else:
         with on_device(dv):
             _merge[(cut.programs, heads)](
                 du, dv, dq, dk, y, dy, partial, rows, dy.shape[1], v_dim, qk_dim,
-                *du.stride(), *dv.stride(), *dq.stride(), *dk.stride(), *((0, 0) if y is None else y.stride()),
+                *((0, 0, 0) if du is None else du.stride()), *dv.stride(), *dq.stride(), *dk.stride(),
+                *((0, 0) if y is None else y.stride()),
                 SILU=y is not None, SUMS=sums, ROWS=cut.rows, V_COLS=v_columns, QK_COLS=qk_columns, STAGES=cut.stages,
                 num_warps=cut.warps,
             )  # fmt: skip
-    return dy, partial.sum(0) if sums else partial.flatten()
+    return partial.sum(0) if sums else partial.flatten()
 
 
 @merge_uvqk.register_fake
@@ -177,6 +190,33 @@ class BiasGradient:
         """The sum of dy over its rows."""
         found, self._found = self._found, None
         return found[1] if found is not None and found[0] == dy.data_ptr() else dy.sum(0)
+
+
+class GradientRoom:
+    """The gradient of the projection before it is whole: the gate's backward kernel, the first to run, makes it and
+    writes the part of u where `SplitActivated` wants it, two passes over memory less than if that had to move it."""
+
+    def __init__(self, width: int, sums: bool) -> None:
+        self._width, self.sums = width, sums
+        self._made: tuple[Tensor, Tensor, int] | None = None
+
+    def make(self, u: Tensor) -> Tensor:
+        """Room for the gradient of u, (T, H, Dv), with that of v, q, k behind each head's."""
+        whole = u.new_empty(u.shape[0], self._width)
+        return whole.unflatten(1, (u.shape[1], -1))[..., : u.shape[2]]
+
+    def put(self, du: Tensor, sums: Tensor) -> None:
+        """du, filled, is what `make` gave; `sums` are partial ones over rows, (n, H, Dv), where they are wanted."""
+        self._made = du, sums, du._version
+
+    def take(self, du: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(the whole, partial sums) where the gradient has come through unchanged, else None."""
+        made, self._made = self._made, None
+        if made is None or (made[0].data_ptr(), made[0].shape, made[0].stride(), made[2]) != (
+            du.data_ptr(), du.shape, du.stride(), du._version
+        ):  # fmt: skip
+            return None
+        return du.as_strided((du.shape[0], self._width), (self._width, 1)), made[1]
 
 
 class Projection(torch.autograd.Function):
@@ -211,10 +251,17 @@ class SplitActivated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, v_dim: int, qk_dim: int, silu: bool, keep_u: bool, bias: BiasGradient | None = None
+        ctx: Any,
+        y: Tensor,
+        v_dim: int,
+        qk_dim: int,
+        silu: bool,
+        keep_u: bool,
+        bias: BiasGradient | None = None,
+        room: GradientRoom | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The parts, (T, H, Dv) or (T, H, Dqk), with contiguous columns."""
-        ctx.bias = bias
+        ctx.bias, ctx.room = bias, room
         ctx.save_for_backward(y if silu else None)
         whole = y.detach().unflatten(-1, (-1, 2 * (v_dim + qk_dim)))
         parts = [v_dim, v_dim, qk_dim, qk_dim]
@@ -233,7 +280,16 @@ class SplitActivated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """(d projection, None, ...)."""
         (y,) = ctx.saved_tensors
-        dy, sums = merge_uvqk(*gradients, y, ctx.bias is not None)
+        du, dv, dq, dk = gradients
+        found = None if ctx.room is None else ctx.room.take(du)
+        if found is None:
+            dy, sums = merge_uvqk(du, dv, dq, dk, y, ctx.bias is not None)
+        else:
+            check("merge_uvqk", *gradients, y)
+            dy, partial = found
+            sums = _merge_into(dy, None, dv, dq, dk, y, ctx.bias is not None)
+            if ctx.bias is not None:
+                torch.sum(partial, 0, out=sums.unflatten(0, (du.shape[1], -1))[:, : du.shape[2]])
         if ctx.bias is not None:
             ctx.bias.put(dy, sums)
-        return dy, *[None] * 5
+        return dy, *[None] * 6

@@ -154,6 +154,63 @@ def test_what_is_stored_is_limited_by_the_environment(monkeypatch: pytest.Monkey
     assert launch_stored.room(replace(_relative_call(), position=None, time=None)) == (False, False)
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="counts what the interpreter writes")
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_a_length_that_is_too_small_writes_to_nobody_else(of_keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of 20 and 60 rows that claim to have up to 20."""
+    call = replace(_relative_call(), max_q_len=20, max_kv_len=20)
+    config = configs.Config(16, 16, tma=False)
+    found = launch_stored.places(call, 16, 16)
+    frames: list[Tensor] = []
+
+    def framed(*shape: int, **options: Any) -> Tensor:
+        frames.append(torch.full((3 * shape[0],), 7, **options))
+        return frames[-1][shape[0] : 2 * shape[0]]
+
+    for keys in (False, True):
+        call.common(config, keys)  # the rest of what is prepared
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", framed)
+        tiles = launch_stored.fill_bias(call, config, of_keys)
+    assert [frame.numel() // 3 for frame in frames] == [found.tiles * 256, found.tiles]
+    assert tiles.data.isnan().sum() == 0
+    assert (tiles.data == 7).sum() < tiles.data.numel()
+    for frame in frames:
+        assert (frame.chunk(3)[0] == 7).all()
+        assert (frame.chunk(3)[2] == 7).all()
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="reads what the interpreter writes")
+def test_spans_hold_all_distances_of_their_tiles() -> None:
+    """Random times near and far, some of them decreasing, and buckets by the edges themselves."""
+    draw = torch.Generator().manual_seed(5)
+    gaps = (10 ** (torch.rand(80, generator=draw, dtype=torch.float64) * 11)).long()
+    call = _relative_call()
+    call = replace(call, timestamps=torch.where(torch.rand(80, generator=draw) < 0.1, -gaps, gaps).cumsum(0))
+    assert call.timestamps is not None
+    assert call.time is not None
+    edges = launch._edges(call.time.numel(), call.q.device)[0]
+    found = replace(launch_stored.places(call, 16, 8), tiles=400)
+    spans = call.prepared.spans(found, call.time.numel(), (60, 60))
+    several = 0
+    for b, (start, end) in enumerate(((0, 20), (20, 80))):
+        times = call.timestamps[start:end]
+        asked = torch.cat([times[1:], times[-1:]])
+        for m in range(triton.cdiv(end - start, 16)):
+            for n in range(min(triton.cdiv(end - start, 8), (m + 1) * 2)):
+                number = (start // 16 + b) * found.per_row + m * (m + 1) + n
+                apart = asked[m * 16 : m * 16 + 16, None] - times[None, n * 8 : n * 8 + 8]
+                buckets = torch.searchsorted(edges, apart.abs(), right=True) - 1
+                span = int(spans[number])
+                first, last, near, ahead = span & 255, span >> 8 & 255, span >> 16 & 1, span >> 17
+                assert first <= buckets.min()
+                assert buckets.max() <= last
+                assert near == (apart.abs().max() < 2**30)
+                assert ahead == (near and apart.min() >= 0)
+                several += first < last
+    assert several > 10
+
+
 def test_16_bits_are_stored_for_the_layouts_of_hopper_alone() -> None:
     call = _relative_call()
     for bits, generation, stored in ((32, 0, True), (32, 9, False), (16, 8, False), (16, 9, True), (16, 10, False)):

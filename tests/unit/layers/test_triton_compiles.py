@@ -19,10 +19,10 @@ from tests.compiled import collect
 
 found = collect()
 from genrec.layers.triton.encodings import add_encodings, sum_rows_by_index
-from genrec.layers.triton.gate import gated_product, gated_product_backward
+from genrec.layers.triton.gate import _backward_into, gated_product, gated_product_backward
 from genrec.layers.triton.norm import layer_norm, layer_norm_backward
 from genrec.layers.triton.rows import place_rows, take_rows
-from genrec.layers.triton.silu import activate_uvqk, merge_uvqk
+from genrec.layers.triton.silu import GradientRoom, _merge_into, activate_uvqk, merge_uvqk
 
 rows, heads, dim, dtype = 8, int(sys.argv[1]), int(sys.argv[2]), torch.bfloat16
 width = heads * dim
@@ -36,11 +36,17 @@ a, u = x.view(rows, heads, dim), y.view(rows, heads, -1)[..., :dim]
 for projection in (y, None):
     merge_uvqk(a, a, a, a, projection, False)
     merge_uvqk(a, a, a, a, projection, True)
+    for sums in (False, True):
+        room = GradientRoom(4 * width, sums)
+        du = room.make(a)
+        room.put(du, a)
+        _merge_into(room.take(du)[0], None, a, a, a, projection, sums)
 seed = torch.zeros(1, dtype=torch.int64)
 cases = [(False, None, 1, 0.0), (False, None, 1, 0.2), (True, column, 1, 0.2), (True, group, heads, 0.2)]
 for concat, weight, groups, p in cases:
     y, mean, rstd = gated_product(a, u, None, weight, weight, seed, groups, 1e-6, p, concat, True, dtype)
     gated_product_backward(y, a, u, None, weight, weight, seed, mean, rstd, p, concat, True)
+    _backward_into(room.make(a), True, y, a, u, None, weight, weight, seed, mean, rstd, p, concat, True)
 y, mean, rstd = gated_product(a, u, x, None, None, seed, 1, 0.0, 0.2, True, True, dtype)
 gated_product_backward(y, a, u, x, None, None, seed, mean, rstd, 0.2, True, True)
 index = torch.arange(rows)
@@ -61,9 +67,10 @@ def test_kernels_compile_for_hopper_without_spilling(heads: int, dim: int, tmp_p
                           check=False, env=environment, cwd=Path(__file__).parents[3])  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    assert len(kernels) == 24
+    assert len(kernels) == 32
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
-        assert kernel["registers"] <= 168, kernel  # at least three programs of four warps on a multiprocessor
+        warps = kernel["constants"].get("num_warps", 4)
+        assert 3 * 32 * warps * kernel["registers"] <= 65536, kernel  # at least three programs on a multiprocessor
         # Statistics, seeds, factors of a group and indices are single numbers; all else comes 16 bytes at a time.
         assert kernel["narrow_loads"] <= 6, kernel

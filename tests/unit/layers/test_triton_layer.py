@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from genrec.layers import HSTUConfig, HSTULayer, HSTUStack, TokenSequence, ops
 from genrec.layers.hstu import HeadNorm
 from genrec.layers.ops import get_layer_ops, layer_backends_used
-from genrec.layers.triton.gate import gated_product
+from genrec.layers.triton import silu
+from genrec.layers.triton.gate import ROOM, gated_product
 from genrec.layers.triton.layer import plain_norm
 from genrec.layers.triton.norm import layer_norm, layer_norm_backward
 from genrec.layers.triton.silu import SplitActivated, activate_uvqk, merge_uvqk
@@ -79,6 +80,47 @@ def test_stack_equals_the_torch_stack(form: dict[str, Any], recompute: tuple[str
     back = HSTUStack(replace(config, layer_backend="torch"))
     back.load_state_dict(fused.state_dict())  # and the other way round
     assert list(back.state_dict()) == list(fused.state_dict())
+
+
+@pytest.mark.parametrize("seen", ["as it is", "used twice", "changed", "changed in place", "gone through twice"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_gradient_of_u_is_written_where_it_is_wanted(
+    form: dict[str, Any], seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy where it comes through as it was; right in any case, the same as with a gradient of its own."""
+    in_place: list[bool] = []
+    real = silu._merge_into
+
+    def merge(dy: Tensor, du: Tensor | None, *others: Any) -> Tensor:
+        in_place.append(du is None)
+        return real(dy, du, *others)
+
+    monkeypatch.setattr(silu, "_merge_into", merge)
+    _, stack = _pair(replace(BASE, num_layers=1, **form))
+    layer, c = stack.layers[0], replace(BASE, **form).resolved()
+    leaves = [p for name, p in layer.named_parameters() if "relative" not in name]
+    x = torch.randn(37, c.hidden_dim, device=DEVICE).requires_grad_()
+    factors = torch.randn(2, 37, c.num_heads, c.v_dim, device=DEVICE)
+    results = []
+    for room in (True, False):
+        through, u, v, q, k = layer.ops.norm_linear_silu(
+            x, layer.input_norm, layer.uvqk, (c.v_dim, c.qk_dim), c.silu_all
+        )
+        if not room:
+            delattr(u, ROOM)
+        if seen.startswith("changed"):
+            u.register_hook(lambda d: d.mul_(2.0) if seen.endswith("place") else d * 2.0)
+        a = v * (q + k).mean(-1, keepdim=True).sin()
+        y = layer.ops.gated_output(through, a * factors[0], u, layer.output_norm, layer.output, c.concat, 0.0, True)
+        loss = y.square().sum()
+        if seen == "used twice":
+            loss = loss + (u * factors[1]).sum()
+        if seen == "gone through twice":
+            torch.autograd.grad(loss, [x, *leaves], retain_graph=True)
+        results.append(list(torch.autograd.grad(loss, [x, *leaves])))
+    kept = seen in ("as it is", "gone through twice")
+    assert in_place == ([kept, kept, False, False] if seen == "gone through twice" else [kept, False])
+    _close(*results, 1e-6)
 
 
 @pytest.mark.gpu

@@ -171,6 +171,8 @@ def backward_kernel(
                     if scores_descriptor is not None:
                         scores_descriptor.store([line.to(tl.int32), row0 % CELL], d_rounded)
                     else:
+                        # Inside of what there is even if a length is too small; a descriptor minds that itself.
+                        line = tl.minimum(line, cells.to(tl.int64) * heads * CELL - KEYS)
                         e = tl.arange(0, KEYS)[:, None] * CELL + tl.arange(0, ROWS)[None, :]
                         tl.store(scores + (line * CELL + row0 % CELL) + e, d_rounded)
             if dq_sum is not None:

@@ -90,7 +90,7 @@ def bucket_span(row_low, row_high, key_low, key_high, BUCKETS: tl.constexpr):
 
 @triton.jit
 def near_distances(rows, keys, base):
-    """|rows - keys| in 32 bits, for tiles whose distances stay below NEAR; base is a row time of the tile."""
+    """|rows - keys| in 32 bits, for tiles whose distances stay below NEAR; base is a time of the tile."""
     return tl.abs((rows - base).to(tl.int32) - (keys - base).to(tl.int32))
 
 

@@ -9,7 +9,7 @@ from genrec.attention.triton.kernels.activation import kept, silu
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate
-from genrec.attention.triton.kernels.stored import load_fragments, prefetch_tile, tile_number
+from genrec.attention.triton.kernels.stored import LARGEST, load_fragments, prefetch_tile, tile_number
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 
 
@@ -23,11 +23,12 @@ def forward_kernel(
     QK_DIM: tl.constexpr, V_DIM: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, BIAS_WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BIAS_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask.
 
-    bias_tiles are `bias_kernel`'s for the same blocks; then there is neither `position` nor `time_table`.
+    bias_tiles are `bias_kernel`'s for the same blocks, with minus infinity where a row doesn't see a key; then there is
+    neither `position` nor `time_table`.
     """
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
     work = tl.program_id(0)
@@ -53,15 +54,24 @@ def forward_kernel(
     first, low, full_low, full_high, high, target_low, target_high = key_blocks(
         row0 + shift, tl.minimum(row0 + ROWS, q_len) + shift, contexts, history_end, KEYS, GROUP, WINDOW, CAUSAL,
         num_targets is not None)  # fmt: skip
+    if bias_tiles is not None:  # blocks with keys beyond the sequence's end alone need a mask: at most the last
+        full_low = low
+        full_high = low
+        visits = cut_count(first, low, low, low, high, target_low, target_high)
+        last = cut_block(visits - 1, first, low, low, low, high, target_low)
+        inside = visits - ((visits > 0) & (last * KEYS + KEYS > kv_len)).to(tl.int32)
     for CUT in tl.static_range(2):
-        if CUT:
+        if bias_tiles is not None:
+            begin = inside if CUT else 0
+            end = visits if CUT else inside
+        elif CUT:
             begin = 0
             end = cut_count(first, low, full_low, full_high, high, target_low, target_high)
         else:
             begin = full_low
             end = full_high
         for index in tl.range(begin, end, num_stages=STAGES):
-            if CUT:
+            if CUT or bias_tiles is not None:
                 n = cut_block(index, first, low, full_low, full_high, high, target_low)
             else:
                 n = index
@@ -80,12 +90,17 @@ def forward_kernel(
             if bias_tiles is not None:
                 tile = bias_tiles + tile_number(q_start, b, block, n, bias_per_row, BIAS_WIDE, ROWS, KEYS) * (
                     ROWS * KEYS)  # fmt: skip
-                prefetch_tile(tile, ROWS * KEYS)  # while the products of scores run, without registers
+                if BIAS_AHEAD == 1:  # while the products of scores run, without registers
+                    prefetch_tile(tile, ROWS * KEYS)
+                elif BIAS_AHEAD == 2:  # the next one, where this one is not the last
+                    prefetch_tile(tile + tl.where(index + 1 < end, ROWS * KEYS, 0), ROWS * KEYS)
             k_tile = load_rows(k, k_descriptor, kv_start, n * KEYS, kv_len, k_row, h * k_head, QK_DIM, QK_WIDTH, KEYS,
                                CUT, False)  # fmt: skip
             x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
             if bias_tiles is not None:
+                # What is hidden is as small as it gets, and its weight is exactly zero.
                 x += load_fragments(tile, ROWS, KEYS).to(tl.float32)
+                x = tl.maximum(x, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
             if time_table is not None:
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
                                   span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip

@@ -18,6 +18,9 @@ import triton.language as tl
 from genrec.attention.triton.kernels.bias import first_entry
 from genrec.attention.triton.kernels.tiles import EMULATED
 
+LARGEST = tl.constexpr(65504.0)
+"""Of fp16. A bias beyond is as good as this one."""
+
 
 @triton.jit
 def tile_number(start, b, m, n, per_row, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
