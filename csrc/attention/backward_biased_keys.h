@@ -9,7 +9,7 @@
 #pragma once
 
 #include "attention/backward_keys.h"
-#include "attention/bias_store.h"
+#include "attention/part_bias.h"
 
 namespace genrec::attention {
 
@@ -23,43 +23,20 @@ struct BiasedKeysShape : PipelinedShape<Element_, 128, kCausal_, false> {
   };
 };
 
-// h = (alpha s + bias) / 2 in the place of a thread's scores s.
-template <class Scores>
-struct BiasedScores {
-  const Scores& scores;
-  const uint32_t (&bias)[16];
-  const float half_alpha;
-
-  __device__ static constexpr auto size() { return decltype(cute::size(Scores{})){}; }
-  __device__ float operator()(int e) const {
-    return fmaf(scores(e), half_alpha, unpack<cutlass::half_t>(bias[e / 2])[e % 2]);
-  }
-};
-
-// A thread's bias of one step: four words for each 16 queries, each of a block of 8 x 8 pairs.
+// A thread's bias of one step.
 struct StepBias {
-  uint32_t words[16];
+  PartBias<BiasCell> bias;
 
-  // The second block lies 8 queries on, the third 8 keys: in the scores S^T it is the other way round.
   template <class Shape>
   __device__ void read(const typename Shape::Params& p, const StepRecord& step, int warpgroup, Lane lane) {
     // Where the row has no cell for the second warpgroup, nothing of it is seen: any bias will do.
-    const int place = step.bias + (warpgroup < step.cells ? warpgroup * Shape::Parts::kCount : 0);
-    const uint4* part = static_cast<const uint4*>(p.bias.data) + int64_t{place} * (kBiasPartBytes / 16);
-    const uint4* from = part + stored_bias_at(0, lane.warp, lane.lane);
-    CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint4 four = load_written(from + stored_bias_at(i, 0, 0));
-      words[4 * i] = four.x, words[4 * i + 1] = four.z, words[4 * i + 2] = four.y, words[4 * i + 3] = four.w;
-    }
+    bias.read(p.bias, step.bias + (warpgroup < step.cells ? warpgroup * Shape::Parts::kCount : 0), lane);
   }
 
-  // Rows become keys. Not where words are read: that would wait for them.
   template <class Scores, class Weigh>
   __device__ void add_to(const Scores& scores, float half_alpha, Weigh weigh) {
-    CUTE_UNROLL
-    for (uint32_t& word : words) word = transposed_matrix(word);
-    weigh(BiasedScores<Scores>{scores, words, half_alpha}, 1.f);
+    bias.transpose();
+    weigh(bias.added_to(scores, half_alpha), 1.f);
   }
 };
 

@@ -18,8 +18,8 @@
 #pragma once
 
 #include "attention/backward_pipelined.h"
-#include "attention/bias_store.h"
 #include "attention/mma_narrow.h"
+#include "attention/part_bias.h"
 
 namespace genrec::attention {
 
@@ -76,50 +76,6 @@ struct BiasedRelayShape : RelayShape<Element_, kCausal_> {
   };
 };
 
-// What a thread adds to its scores S^T of 64 keys and a part's queries: four words for each 16 queries, each of a block
-// of 8 x 8 pairs.
-template <class Parts>
-struct PartBias {
-  static constexpr int kSixteens = Parts::kRows / 16;
-  static_assert(16 * kSixteens == Parts::kRows && kCellKeys == 64, "whole rows of blocks");
-  uint32_t words[4 * kSixteens];
-
-  // `place`: the part's number. As they lie there, the second word's block is that 8 queries on, the third's 8 keys: in
-  // S^T it is the other way round.
-  __device__ void read(const BiasStore& store, int place, Lane lane) {
-    constexpr int kSixteen = stored_bias_at(1, 0, 0);
-    const uint4* part = static_cast<const uint4*>(store.data) + int64_t{place} * (kSixteens * kSixteen);
-    const uint4* from = part + stored_bias_at(0, lane.warp, lane.lane);
-    CUTE_UNROLL
-    for (int i = 0; i < kSixteens; ++i) {
-      const uint4 four = load_written(from + i * kSixteen);
-      words[4 * i] = four.x, words[4 * i + 1] = four.z, words[4 * i + 2] = four.y, words[4 * i + 3] = four.w;
-    }
-  }
-
-  // Rows become keys. Not where words are read: that would wait for them.
-  __device__ void transpose() {
-    CUTE_UNROLL
-    for (uint32_t& word : words) word = transposed_matrix(word);
-  }
-
-  // In the place of scores s: h = (alpha s + bias) / 2.
-  template <class Scores>
-  struct Added {
-    const Scores& scores;
-    const PartBias& bias;
-    const float half_alpha;
-
-    __device__ static constexpr auto size() { return decltype(cute::size(Scores{})){}; }
-    __device__ float operator()(int e) const {
-      return fmaf(scores(e), half_alpha, unpack<cutlass::half_t>(bias.words[e / 2])[e % 2]);
-    }
-  };
-  template <class Scores>
-  __device__ Added<Scores> added_to(const Scores& scores, float half_alpha) const {
-    return {scores, *this, half_alpha};
-  }
-};
 struct NoPartBias {};
 
 template <class Shape>

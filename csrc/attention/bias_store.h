@@ -8,7 +8,7 @@
 //
 // The bias lies in the cells of dS for one head (ds_store.h), their parts 64 queries x 64 keys. A part has the order of
 // the forward pass's accumulators (S = Q K^T): for each warp of a warpgroup (16 queries), each 16 keys and each lane, what
-// is added to 8 of its scores. Backward, S^T = K Q^T, blocks of 8 x 8 are transposed (backward_biased_keys.h).
+// is added to 8 of its scores. Backward, S^T = K Q^T, blocks of 8 x 8 are transposed (part_bias.h).
 #pragma once
 
 #include "attention/bias_tile.h"
