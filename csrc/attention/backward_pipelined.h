@@ -329,9 +329,23 @@ __device__ inline void load_key_tiles(const BackwardParams& p, typename Shape::S
   }
 }
 
+// What a step's threads will read of the bias, into the L2 cache. Four heads read it at about the same time, and the first
+// would wait for the device's memory for as long as a step takes.
+template <class Shape>
+__device__ inline void prefetch_bias(const typename Shape::Params& p, const CellPlaces& places, int64_t heads_before,
+                                     const TileRecord& tile, int m) {
+  using Parts = typename Shape::Parts;
+  constexpr int kBytes = Parts::kElements * 2;
+  CUTE_UNROLL
+  for (int column = 0; column < Shape::kKeys / kCellKeys; ++column) {
+    const int64_t part = places.part<Parts>(m, tile.first / kCellKeys + column);
+    if (part >= 0) prefetch_to_l2(static_cast<const char*>(p.bias.data) + (part - heads_before) * kBytes, kBytes);
+  }
+}
+
 // Q, the steps' records, dO: a warp, whose first lane loads.
 template <class Shape, bool kLoadsQ, bool kWritesRecords, bool kLoadsDOut>
-__device__ inline void load_query_tiles(const BackwardParams& p, typename Shape::Shared& shared) {
+__device__ inline void load_query_tiles(const typename Shape::Params& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
   constexpr int D = Shape::D, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   Place<2> work(0);
@@ -358,6 +372,11 @@ __device__ inline void load_query_tiles(const BackwardParams& p, typename Shape:
     CUTE_NO_UNROLL
     for (int i = 0; i < count; ++i, q.next()) {
       const int m = ranges.tile(i);
+      if constexpr (Shape::kReadsBias && kWritesRecords) {
+        constexpr int kAhead = 3;
+        for (int n = i == 0 ? 0 : i + kAhead; loads && n <= i + kAhead && n < count; ++n)
+          prefetch_bias<Shape>(p, places, heads_before, tile, ranges.tile(n));
+      }
       if constexpr (kLoadsQ || kWritesRecords) shared.q_ring.empty[q.stage].wait(q.parity);
       if constexpr (kLoadsQ) {
         if (loads) load(p.q, shared.q_ring, shared.q, m);
@@ -379,7 +398,7 @@ __device__ inline void load_query_tiles(const BackwardParams& p, typename Shape:
 }
 
 template <class Shape>
-__device__ inline void pipelined_produce(const BackwardParams& p, typename Shape::Shared& shared) {
+__device__ inline void pipelined_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
   const auto loader = static_cast<Loader>(uniform(threadIdx.x / 32));
   if (loader == Loader::kKeys) {
     if (threadIdx.x == 0) load_key_tiles<Shape>(p, shared);
