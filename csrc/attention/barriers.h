@@ -58,12 +58,6 @@ __device__ inline void release(const EmptyBarrier& empty) {
   if (threadIdx.x % 32 < kArrivalsPerWarp) empty.arrive();
 }
 
-// A single thread that counts as a warp. What it read before has been read: the compiler would move that behind.
-__device__ inline void arrive_as_warp(const EmptyBarrier& empty) {
-  keep_accesses();
-  for (int n = 0; n < kArrivalsPerWarp; ++n) empty.arrive();
-}
-
 // Consumer warpgroups issue their matrix products in turn: while one has the tensor cores, the others compute SiLU.
 // Turn w is the named barrier kFirstTurn + w; 128 threads wait for it, the 128 of the warpgroup before arrive.
 constexpr uint32_t kFirstTurn = 1, kDsWritten = 5, kDsRead = 6, kTurnTaken = 7;

@@ -47,12 +47,12 @@ struct StoredBias {
   static constexpr int kParts = kKeys / kCellKeys;
   uint4 quads[kParts][4];
 
-  // `tile`: its parts in shared memory, one behind the other.
-  __device__ void read(const uint4* tile, Lane lane) {
+  __device__ void load(const StoredBiasRow& row, int tile, Lane lane) {
     CUTE_UNROLL
     for (int n = 0; n < kParts; ++n) {
+      const uint4* from = row.part(tile * kParts + n) + stored_bias_at(lane.warp, 0, lane.lane);
       CUTE_UNROLL
-      for (int c = 0; c < 4; ++c) quads[n][c] = tile[n * (kBiasPartBytes / 16) + stored_bias_at(lane.warp, c, lane.lane)];
+      for (int c = 0; c < 4; ++c) quads[n][c] = load_written(from + 32 * c);
     }
   }
 
@@ -73,6 +73,8 @@ struct StoredBias {
 };
 
 template <>
-struct StoredBias<0> {};
+struct StoredBias<0> {
+  __device__ void load(const StoredBiasRow&, int, Lane) {}
+};
 
 }  // namespace genrec::attention
