@@ -56,8 +56,8 @@ def limit(name: str, default: float) -> float:
         gib = float(text)
     except ValueError:
         gib = math.nan
-    if math.isnan(gib):
-        raise ValueError(f"{name}={text!r} is no number: it is the most memory to take, in GiB; 0 takes none.")
+    if math.isnan(gib) or gib < 0:
+        raise ValueError(f"{name}={text!r} must be a number of GiB, the most memory to take; 0 takes none.")
     return gib * 2**30
 
 
