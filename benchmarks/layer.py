@@ -5,10 +5,11 @@
     python benchmarks/layer.py --form paper --attention triton --dropout 0.2
 
 Hidden size 1024, 4 heads of 256, B = 32 sequences of S = 4096 tokens, bf16; both layers run the same attention. Times
-are medians (lowest - highest) of CUDA events. FLOP are counted as usual for this layer: attention 2 H S^2 D a sequence
-forward (causal) and 2.5 times that backward, the projections 2 T x in x out forward and twice that backward; nothing
-else, and nothing for what is recomputed. "outside" is the time that is neither attention nor matrix products: that of
-the layer with its attention replaced by nothing, less that of the bare products; its share is of the whole layer's.
+are medians (lowest - highest) of CUDA events; matrix products, layer without attention and layer take turns. FLOP are
+counted as usual for this layer: attention 2 H S^2 D a sequence forward (causal) and 2.5 times that backward, the
+projections 2 T x in x out forward and twice that backward; nothing else, and nothing for what is recomputed. "outside"
+is the time that is neither attention nor matrix products: that of the layer with its attention replaced by nothing,
+less that of the bare products; its share is of the whole layer's.
 """
 
 from __future__ import annotations
@@ -86,18 +87,22 @@ def ready_tensors(layer: HSTULayer, rows: int, dtype: torch.dtype, device: str) 
     return {name: torch.randn(rows, c.num_heads, w, device=device).to(dtype) for name, w in widths.items()}
 
 
-def timed(step: Callable[[], object], iterations: int, warmup: int = 3) -> Times:
-    """Each of `iterations` steps on its own, after `warmup`."""
-    for _ in range(warmup):
-        step()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+def timed(steps: Sequence[Callable[[], object]], iterations: int, warmup: int = 3) -> list[Times]:
+    """`iterations` rounds after `warmup`, each step once a round: all at the clock that the GPU has under this load."""
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)] for _ in steps]
+    for i in range(-warmup, iterations):
+        if i == 0:
+            torch.cuda.synchronize()
+        for step, own in zip(steps, events, strict=True):
+            if i < 0:
+                step()
+                continue
+            start, end = own[i]
+            start.record()
+            step()
+            end.record()
     torch.cuda.synchronize()
-    for start, end in events:
-        start.record()
-        step()
-        end.record()
-    torch.cuda.synchronize()
-    return Times([start.elapsed_time(end) for start, end in events])
+    return [Times([start.elapsed_time(end) for start, end in own]) for own in events]
 
 
 def step_of(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, upstream: Tensor) -> Callable[[], None]:
@@ -146,28 +151,33 @@ def measure(form: str, options: argparse.Namespace) -> list[str]:
     x = torch.randn(rows, options.hidden, device=device).to(dtype).requires_grad_()
     upstream = torch.randn_like(x)
     layers = [("torch", ())] + [("triton", names) for names in (RECOMPUTE if not options.quick else RECOMPUTE[:1])]
-    lines, products = [], None
+    lines = []
     for backend, names in layers:
         torch.manual_seed(0)
         layer = HSTULayer(replace(config, layer_backend=backend, layer_recompute=names)).to(device, dtype)
         ready = ready_tensors(layer, rows, dtype, device)
-        products = products or timed(products_step(layer, x), options.iterations)
-        bare = timed(step_of(without_attention(layer, ready), layer, x, upstream), options.iterations)
-        del ready
-        outside = bare.median - products.median
-        line = f"{form:<11} {backend:<7} {'+'.join(names) or '-':<15} {bare!s:>26} {outside:7.2f}"
+        steps = [products_step(layer, x), step_of(without_attention(layer, ready), layer, x, upstream)]
+        whole = step_of(lambda x, layer=layer: layer(x, tokens), layer, x, upstream)
+        peak, failure = float("nan"), ""
         try:
+            whole()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            whole = timed(step_of(lambda x, layer=layer: layer(x, tokens), layer, x, upstream), options.iterations)
+            whole()
             peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-            rate = flop(config, batch, length) / whole.median / 1e9
-            line += f" {whole!s:>26} {rate:8.0f} {outside / whole.median:8.1%} {peak:9.2f}"
+            steps.append(whole)
         except Exception as error:  # The layer's own figures count even where the attention can't run.
-            line += f"   no attention: {type(error).__name__}: {str(error)[:120]}"
+            failure = f"   no attention: {type(error).__name__}: {str(error)[:120]}"
+        products, bare, *layers_times = timed(steps, options.iterations)
+        del ready, steps
+        outside = bare.median - products.median
+        line = f"{form:<11} {backend:<7} {'+'.join(names) or '-':<15} {products!s:>24} {bare!s:>26} {outside:7.2f}"
+        for times in layers_times:
+            rate = flop(config, batch, length) / times.median / 1e9
+            line += f" {times!s:>26} {rate:8.0f} {outside / times.median:8.1%} {peak:9.2f}"
+        line += failure
         print(line, flush=True)
         lines.append(line)
-    print(f"{form:<11} bare matrix products {products!s}", flush=True)
     return lines
 
 
@@ -251,7 +261,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--iterations", type=int, default=20)
     options = parser.parse_args(arguments)
-    options.iterations = min(options.iterations, 5) if options.quick else options.iterations
+    options.iterations = min(options.iterations, 10) if options.quick else options.iterations
     return options
 
 
@@ -264,8 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"hidden {options.hidden}, {options.heads} heads, B = {options.batch}, S = {options.length}, bf16, "
           f"dropout {options.dropout}")  # fmt: skip
     fine = options.no_parity or all([parity(), parity_of_tokens()])
-    print(f"{'form':<11} {'backend':<7} {'recompute':<15} {'without attention, ms':>26} {'outside':>7} "
-          f"{'layer, ms':>26} {'TFLOP/s':>8} {'outside':>8} {'peak GiB':>9}")  # fmt: skip
+    print(f"{'form':<11} {'backend':<7} {'recompute':<15} {'matrix products, ms':>24} "
+          f"{'without attention, ms':>26} {'outside':>7} {'layer, ms':>26} {'TFLOP/s':>8} {'outside':>8} {'peak GiB':>9}")  # fmt: skip
     for form in [options.form] if options.form else ["gated"] if options.quick else list(FORMS):
         measure(form, options)
     print("fused:", "; ".join(layer_backends_used().get("triton", [])))

@@ -63,7 +63,9 @@ def tiled(tiling: Tiling | None) -> Iterator[None]:
     def tile(width: int, per_thread: int = 16, threads: int = 128) -> tuple[int, int, int]:
         return tiling.rows, max(16, 1 << (width - 1).bit_length()), tiling.warps
 
-    def loop(x: torch.Tensor, width: int, groups: int, tensors: int, per_thread: int, threads: int) -> Loop:
+    def loop(
+        x: torch.Tensor, width: int, groups: int, tensors: int, per_thread: int, threads: int, **more: int
+    ) -> Loop:
         programs = max(1, min(-(-x.shape[0] // tiling.rows), processors * tiling.programs // groups))
         return Loop(tiling.rows, tile(width)[1], tiling.warps, tiling.stages, programs)
 

@@ -50,11 +50,20 @@ class Loop(NamedTuple):
     """For each group of columns."""
 
 
-def loop(x: Tensor, width: int, groups: int, tensors: int, per_thread: int, threads: int) -> Loop:
+def loop(
+    x: Tensor,
+    width: int,
+    groups: int,
+    tensors: int,
+    per_thread: int,
+    threads: int,
+    programs: int = _PROGRAMS,
+    most_stages: int = 4,
+) -> Loop:
     """A loop over the rows of `x` by blocks of `width` columns, of which a program reads `tensors` like x."""
     rows, columns, warps = tile(width, per_thread, threads)
-    stages = max(1, min(4, _UNDER_WAY // (tensors * rows * columns * x.element_size())))
-    programs = max(1, min(-(-x.shape[0] // rows), -(-_processors(x.device) * _PROGRAMS // groups)))
+    stages = max(1, min(most_stages, _UNDER_WAY // (tensors * rows * columns * x.element_size())))
+    programs = max(1, min(-(-x.shape[0] // rows), -(-_processors(x.device) * programs // groups)))
     return Loop(rows, columns, warps, stages, programs)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from genrec.attention.triton.kernels.activation import kept, silu
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
-from genrec.attention.triton.kernels.schedule import locate
+from genrec.attention.triton.kernels.schedule import locate, rows_of
 from genrec.attention.triton.kernels.stored import LARGEST, load_fragments, prefetch_tile, tile_number
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 
@@ -35,15 +35,15 @@ def forward_kernel(
     if work >= tl.load(count) * heads:
         return
     b, h, block = locate(work, items, heads)
-    row0 = block * ROWS
     q_start, q_len = sequence(q_offsets, b)
     kv_start, kv_len = sequence(kv_offsets, b)
+    row0, row_end = rows_of(block, q_len, ROWS, time_table is None and bias_tiles is None)
     contexts, history_end = regions(num_contexts, num_targets, b, kv_len)
     shift = kv_len - q_len
     rows = row0 + tl.arange(0, ROWS)
     i = (rows + shift)[:, None]
     i_inside = tl.minimum(i, kv_len - 1)
-    q_tile = load_rows(q, None, q_start, row0, q_len, q_row, h.to(tl.int64) * q_head, QK_DIM, QK_WIDTH, ROWS, True,
+    q_tile = load_rows(q, None, q_start, row0, row_end, q_row, h.to(tl.int64) * q_head, QK_DIM, QK_WIDTH, ROWS, True,
                        True)  # fmt: skip
     if time_table is not None:
         entry = first_entry(q_start, b, ROWS) + block
@@ -52,7 +52,7 @@ def forward_kernel(
         keys_entry = first_entry(kv_start, b, KEYS)
     acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
     first, low, full_low, full_high, high, target_low, target_high = key_blocks(
-        row0 + shift, tl.minimum(row0 + ROWS, q_len) + shift, contexts, history_end, KEYS, GROUP, WINDOW, CAUSAL,
+        row0 + shift, row_end + shift, contexts, history_end, KEYS, GROUP, WINDOW, CAUSAL,
         num_targets is not None)  # fmt: skip
     if bias_tiles is not None:  # blocks with keys beyond the sequence's end alone need a mask: at most the last
         full_low = low
@@ -125,4 +125,4 @@ def forward_kernel(
     d = tl.arange(0, V_WIDTH)
     r = tl.arange(0, ROWS)
     address = out + ((q_start + row0) * out_row + h * out_head) + r[:, None] * out_row + d[None, :]
-    tl.store(address, (acc * factor).to(out.dtype.element_ty), (rows < q_len)[:, None] & (d < V_DIM)[None, :])
+    tl.store(address, (acc * factor).to(out.dtype.element_ty), (rows < row_end)[:, None] & (d < V_DIM)[None, :])

@@ -42,3 +42,16 @@ def locate(work, items, heads):
     """(sequence, head, block) of a piece of work; heads are neighbours, so that equal pieces run at the same time."""
     item = work // heads
     return tl.load(items + item * 2), work % heads, tl.load(items + item * 2 + 1)
+
+
+@triton.jit
+def rows_of(block, length, ROWS: tl.constexpr, HALVES: tl.constexpr):
+    """First row and end of a block. With HALVES, where the last block would be half empty or more, the first one has
+    the half: its rows see few keys, so that empty ones beside them cost little."""
+    row0 = block * ROWS
+    end = row0 + ROWS
+    if HALVES:
+        spare = tl.where((length - 1) % ROWS < ROWS // 2, ROWS // 2, 0)
+        row0 = tl.maximum(row0 - spare, 0)
+        end -= spare
+    return row0, tl.minimum(end, length)
