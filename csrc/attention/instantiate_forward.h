@@ -6,10 +6,28 @@
 
 namespace genrec::attention {
 
+// The kernel starts while the one before it in the stream, which is one of ours, ends.
+template <class Shape>
+cudaError_t launch_behind(const typename Shape::Params& params, int blocks, cudaStream_t stream) {
+  const auto kernel = forward_kernel<Shape>;
+  const int shared = sizeof(typename Shape::Shared);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute behind{};
+  behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  behind.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{dim3(blocks), dim3(Shape::kThreads), static_cast<size_t>(shared), stream, &behind, 1};
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 template <class Shape>
 cudaError_t launch_forward(const ForwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
-  return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
-                       sizeof(typename Shape::Shared), stream);
+  if constexpr (Shape::kBiasStored || Shape::kLeftOver) {
+    return launch_behind<Shape>(params_of<Shape>(params, bias), blocks, stream);
+  } else {
+    return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
+                         sizeof(typename Shape::Shared), stream);
+  }
 }
 
 template <class Element, int D, bool kCausal, Bias kBias>
@@ -18,8 +36,8 @@ ForwardInstance forward_instance(const char* dtype) {
   ForwardInstance one{dtype, D, kCausal, kBias, {Shape::kQueries, Shape::kKeys}, nullptr};
   if constexpr (Shape::kLeftOver) {
     using Stored = ForwardShape<Element, D, kCausal, kBias, true>;
-    static_assert(Stored::kQueries == Shape::kQueries && Stored::kKeys == Shape::kKeys, "one list, one set of boxes");
-    one.blocks.bias_stored = true;
+    static_assert(Stored::kKeys == Shape::kKeys, "one set of boxes");
+    one.blocks.stored_queries = Stored::kQueries;
     one.launch = [](const ForwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
       return pass == 0 ? launch_forward<Stored>(params, bias, blocks, stream)
                        : launch_forward<Shape>(params, bias, blocks, stream);
