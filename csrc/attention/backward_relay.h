@@ -29,7 +29,7 @@ struct RelayShape {
   static constexpr int D = 256, kQueries = 48, kKeys = 64;
   using Params = BackwardParams;
   static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true, kStoredOnly = false;
-  static constexpr bool kReadsBias = false, kBiasAhead = false;
+  static constexpr bool kReadsBias = false;
   static constexpr int kQueryBox = kQueries, kKeyBox = kBoxRows;
   static constexpr int kConsumers = 2, kKeyReaders = 1, kSlopeStages = 2;
   static constexpr int kQueryStages = 3, kKeyStages = 1, kValueStages = 1;
@@ -70,7 +70,7 @@ struct RelayShape {
 // With a bias: sequences that have a place in the stores.
 template <class Element_, bool kCausal_>
 struct BiasedRelayShape : RelayShape<Element_, kCausal_> {
-  static constexpr bool kStoredOnly = true, kReadsBias = true, kBiasAhead = true;
+  static constexpr bool kStoredOnly = true, kReadsBias = true;
   struct Params : BackwardParams {
     BiasStore bias;
   };
@@ -139,7 +139,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
         bias.transpose();
         weigh<Shape>(bias.added_to(scores, p.common.half_alpha), exact, slopes, 1.f, record.masked, record,
                      shared.sights[0], lane, lane.column());
-        bias.read(p.bias, record.bias, lane);  // the next step's, if there is one
+        bias.read(p.bias, record.bias.template part<Parts>(0), lane);  // the next step's, if there is one
       } else {
         weigh<Shape>(scores, exact, slopes, p.common.half_alpha, record.masked, record, shared.sights[0], lane,
                      lane.column());
@@ -151,7 +151,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       for (int e = 0; e < size(scores); e += 2) rounded.put(e, exact.values[e], exact.values[e + 1]);
     };
     if constexpr (Shape::kReadsBias) {
-      if (count > 0) bias.read(p.bias, first_bias(), lane);
+      if (count > 0) bias.read(p.bias, first_bias<Shape>(p, shared.work[this->work.stage].tile, 0), lane);
     }
     this->write_sights();
     shared.k_ring.full[keys.stage].wait(keys.parity);
@@ -196,9 +196,11 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       shared.d_out_ring.full[at.stage].wait(at.parity);
       issue_product<true>(score_mma, v_tile(_, _, _, values.stage), d_out_tile(_, _, _, at.stage), d_weights);
-      if constexpr (kBefore) add_keys();
-      const Slopes slopes = take_slopes();  // now: beside products shared memory is slow
+      const Slopes slopes = read_slopes();  // now: reads behind products wait until the tensor cores take those up
       const int64_t place = this->record(at).place;  // written before the slopes were
+      keep_order();
+      if constexpr (kBefore) add_keys();
+      release_slopes(slopes);
       wait_for<kBefore>(d_weights);
       release(shared.d_out_ring.empty[at.stage]);
       at.next();
@@ -225,15 +227,6 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     this->store(dk, 2.f * p.common.half_alpha, p.dk);
   }
 
-  // Where the bias of the tile's first step lies.
-  __device__ int first_bias() const {
-    const TileRecord& tile = shared.work[this->work.stage].tile;
-    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-    const TileRanges ranges = mask.query_tiles(tile.first, tile.first + kKeys, kQueries, tile.queries);
-    const CellPlaces places(p.bias, stored_sequence(tile, mask), tile.sequence, 0, 1);
-    return static_cast<int>(places.part<Parts>(ranges.tile(0), tile.first / kCellKeys));
-  }
-
   __device__ void give_slopes(const Slopes& slopes) {
     shared.slope_ring.empty[slope.stage].wait(slope.parity);
     CUTE_UNROLL
@@ -245,18 +238,25 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     slope.next();
   }
 
-  __device__ Slopes take_slopes() {
+  __device__ Slopes read_slopes() const {
     Slopes slopes;
     shared.slope_ring.full[slope.stage].wait(slope.parity);
+    keep_accesses();
     CUTE_UNROLL
     for (int i = 0; i < Shape::kSlopeWords; i += 4) {
       const uint4 words = shared.slopes[slope.stage][i / 4][thread];
       slopes.values[i] = words.x, slopes.values[i + 1] = words.y;
       slopes.values[i + 2] = words.z, slopes.values[i + 3] = words.w;
     }
-    release(shared.slope_ring.empty[slope.stage]);
-    slope.next();
     return slopes;
+  }
+
+  __device__ void release_slopes(const Slopes& slopes) {
+    uint32_t bits = 0;
+    CUTE_UNROLL
+    for (int i = 0; i < Shape::kSlopeWords; i += 4) bits |= slopes.values[i];
+    release_read(shared.slope_ring.empty[slope.stage], bits);
+    slope.next();
   }
 };
 

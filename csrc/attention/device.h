@@ -142,9 +142,10 @@ __device__ inline uint32_t pack_finite_halves(float low, float high) {
 // 16 bytes that an earlier kernel wrote.
 __device__ inline uint4 load_written(const uint4* from) {
   uint4 four;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
-               : "l"(from));
+               : "l"(from)
+               : "memory");
   return four;
 }
 

@@ -54,4 +54,15 @@ struct PartBias {
   }
 };
 
+// Where the bias of a tile's first step lies, of its first 64 keys or its second.
+template <class Shape>
+__device__ inline int first_bias(const typename Shape::Params& p, const TileRecord& tile, int second) {
+  using Parts = typename Shape::Parts;
+  const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+  const int m = mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries).tile(0);
+  const CellPlaces places(p.bias, stored_sequence(tile, mask), tile.sequence, 0, 1);
+  const int column = tile.first / kCellKeys, further = column + second;
+  return static_cast<int>(places.part<Parts>(m, further < places.sequence.width(m / Parts::kCount) ? further : column));
+}
+
 }  // namespace genrec::attention
