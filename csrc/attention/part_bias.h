@@ -43,9 +43,12 @@ struct PartBias {
   }
 
   // Rows become keys. Not where words are read: that would wait for them.
-  __device__ void transpose() {
+  __device__ void transpose() { *this = transposed(); }
+  __device__ PartBias transposed() const {
+    PartBias other;
     CUTE_UNROLL
-    for (uint32_t& word : words) word = transposed_matrix(word);
+    for (int i = 0; i < 4 * kSixteens; ++i) other.words[i] = transposed_matrix(words[i]);
+    return other;
   }
 
   template <class Scores>
