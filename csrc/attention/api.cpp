@@ -354,7 +354,14 @@ struct ForwardMemory {
 // too, but where few sequences or none have any: kernels see to those then.
 struct BackwardMemory {
   int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
-  int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
+  // Of the tables' sums. The first copies are those of the pass over stored dS: one of the position table for each of its
+  // blocks, or, where the order is fixed, for each warp that sums, as of the time table.
+  struct Copies {
+    int entries, stored, all;
+
+    int64_t bytes() const { return aligned(int64_t{all} * entries * 4); }
+  };
+  Copies position, time;
 
   BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, bool kept,
                  const BackwardLaunches& blocks) {
@@ -363,12 +370,15 @@ struct BackwardMemory {
     const int64_t tiles = gathers ? shape.capacity[one.queries] * p.heads : 0;
     turns_at = 128;
     position_at = turns_at + (deterministic ? aligned(tiles * 2 * 4) : 0);
-    stored_copies = blocks.stored * one.kernel.blocks.stored_tables;
-    copies = stored_copies + blocks.keys * one.kernel.blocks.tables;
-    position_entries = p.bias.d_position == nullptr || p.bias.position == nullptr ? 0 : 2 * p.bias.max_positions - 1;
-    time_entries = p.bias.d_time == nullptr || p.bias.time == nullptr ? 0 : p.bias.buckets;
-    time_at = position_at + aligned(int64_t{copies} * position_entries * 4);
-    zeros_at = time_at + aligned(int64_t{copies} * time_entries * 4);
+    const int stored = one.kernel.blocks.stored_tables, others = blocks.keys * one.kernel.blocks.tables;
+    const auto copies = [&](bool wanted, int entries, int each) {
+      return Copies{wanted ? entries : 0, blocks.stored * each, blocks.stored * each + others};
+    };
+    position = copies(p.bias.d_position != nullptr && p.bias.position != nullptr, 2 * p.bias.max_positions - 1,
+                      deterministic || stored == 0 ? stored : 1);
+    time = copies(p.bias.d_time != nullptr && p.bias.time != nullptr, p.bias.buckets, stored);
+    time_at = position_at + position.bytes();
+    zeros_at = time_at + time.bytes();
     sum_at = zeros_at + (stores ? kLargestPart * 2 : 0);
     stored_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
     zeroed = stores ? sum_at : stored_at;
@@ -525,10 +535,11 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   if (one.blocks.stored_rows > 0)
     params.store = {base + memory.stored_at, shape.places(plan), shape.without_place(plan), base + memory.zeros_at};
   BiasParams bias = bias_params(p.bias);
-  const SumParams position{reinterpret_cast<float*>(base + memory.position_at), memory.copies, memory.position_entries,
-                           p.bias.d_position};
-  const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,
-                       p.bias.d_time};
+  const auto sums = [&](const BackwardMemory::Copies& copies, int64_t at, float* table) {
+    return SumParams{reinterpret_cast<float*>(base + at), copies.all, copies.entries, table};
+  };
+  const SumParams position = sums(memory.position, memory.position_at, p.bias.d_position);
+  const SumParams time = sums(memory.time, memory.time_at, p.bias.d_time);
   if (reads_bias(one))
     bias.relative.store = {kept != nullptr ? kept : base + memory.bias_at, params.store.first, params.store.left};
   if (reads_bias(one) && kept == nullptr) {
@@ -546,12 +557,12 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
     if (others && pass == 1 + one.blocks.stored_passes && one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0)
       return -1;
     const int used = blocks_for(shape.capacity[list], p.heads, most);
-    const auto sums_of = [&](const SumParams& table) {
-      const int64_t before = of_stored ? 0 : memory.stored_copies;
+    const auto sums_of = [&](const SumParams& table, const BackwardMemory::Copies& copies) {
+      const int64_t before = of_stored ? 0 : copies.stored;
       return table.entries == 0 ? nullptr : const_cast<float*>(table.copies) + before * table.entries;
     };
-    bias.relative.position_sums = sums_of(position);
-    bias.relative.time_sums = sums_of(time);
+    bias.relative.position_sums = sums_of(position, memory.position);
+    bias.relative.time_sums = sums_of(time, memory.time);
     error = one.launch(params, bias, pass, used, on);
     if (error != cudaSuccess) return fail("backward_kernel", error);
   }

@@ -72,7 +72,7 @@ struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape, StepBias>> {
         weigh<Shape>(biased, rounded, derivatives, factor, masked, this->record(q), shared.sights[warpgroup], lane,
                      lane.column());
       });
-      if constexpr (kNext) bias.template read_next<Shape>(p, lane);
+      if constexpr (kNext) bias.template read_next<Shape>(this->p, this->lane);
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
       Stage next = q;
       next.next();

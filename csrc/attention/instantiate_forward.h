@@ -6,28 +6,11 @@
 
 namespace genrec::attention {
 
-// The kernel starts while the one before it in the stream, which is one of ours, ends.
-template <class Shape>
-cudaError_t launch_behind(const typename Shape::Params& params, int blocks, cudaStream_t stream) {
-  const auto kernel = forward_kernel<Shape>;
-  const int shared = sizeof(typename Shape::Shared);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute behind{};
-  behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  behind.val.programmaticStreamSerializationAllowed = 1;
-  const cudaLaunchConfig_t config{dim3(blocks), dim3(Shape::kThreads), static_cast<size_t>(shared), stream, &behind, 1};
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
 template <class Shape>
 cudaError_t launch_forward(const ForwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
-  if constexpr (Shape::kBiasStored || Shape::kLeftOver) {
-    return launch_behind<Shape>(params_of<Shape>(params, bias), blocks, stream);
-  } else {
-    return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
-                         sizeof(typename Shape::Shared), stream);
-  }
+  constexpr Start kStart = Shape::kBiasStored || Shape::kLeftOver ? Start::kBehind : Start::kAlone;
+  return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
+                       sizeof(typename Shape::Shared), stream, kStart);
 }
 
 template <class Element, int D, bool kCausal, Bias kBias>
