@@ -235,7 +235,8 @@ struct PartTimes {
   bool rise;
 };
 
-// One of the warps that prepare steps, by turns.
+// One of the warps that prepare steps, by turns. It comes by a stage not each time that this is filled; yet no phase of
+// `empty` misleads it: when it has waited for a later stage, the turn that it left out has been given back.
 template <class Shape>
 struct SumsPreparer {
   static constexpr int kParts = Shape::Parts::kCount, kQueries = Shape::kQueries;

@@ -22,8 +22,9 @@ namespace genrec::attention {
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
-// A kernel that is launched so (launch_kernel in instantiate.h) starts when all blocks of the one before it in
-// the stream have said that it may, or have ended; what that one writes is there after the wait.
+// A kernel that is launched so (launch_kernel in instantiate.h) starts when all blocks of the one before it in the stream
+// have said that it may, or have ended; what that one writes, and those before it, is there after the wait. All threads
+// wait, whatever else they do: a block that ends sooner would let the next kernel believe that all is done.
 __device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
