@@ -61,12 +61,6 @@ bool serves(const BackwardInstance& one, const genrec_attention_problem& p) {
   return one.lengths == SequenceLengths::kAll || (one.lengths == SequenceLengths::kLong) == (p.key_rows >= kLongMean * p.sequences);
 }
 
-// Whether the forward pass puts the relative bias into memory first. Measured: that wins for sequences of up to some 2,000
-// keys, whose times are looked up for the most part; longer ones' are told by few edges beside the products.
-bool stores_bias(const ForwardInstance& one, const genrec_attention_problem& p) {
-  return one.blocks.bias_stored && p.key_rows < kLongMean * p.sequences;
-}
-
 // The smallest instance that holds the dims. The general mask covers the causal one.
 template <class Instance, size_t kCount>
 const Instance* find(const Instance (&table)[kCount], const genrec_attention_problem& p, Bias bias) {
@@ -193,7 +187,7 @@ int stored_rows_of(const genrec_attention_problem& p) {
     const BackwardInstance* one = find(kBackward, p, bias);
     if (one != nullptr) rows = larger(rows, one->blocks.stored_rows);
     const ForwardInstance* forward = find(kForward, p, bias);
-    if (forward != nullptr && stores_bias(*forward, p)) rows = kCellQueries;
+    if (forward != nullptr && forward->blocks.stores_bias()) rows = kCellQueries;
   }
   return rows;
 }
@@ -202,8 +196,10 @@ PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
   const int stored_rows = stored_rows_of(p);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows},
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows, 0},
                   {}, p.sequences, stored_rows > 0 ? stored_cells(p) : 0};
+  const ForwardInstance* stored = find(kForward, p, Bias::kRelative);
+  if (stored != nullptr) shape.size[kStoredForward] = stored->blocks.stored_queries;
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
@@ -338,7 +334,7 @@ bool reads_bias(const BackwardInstance& one) { return one.bias == Bias::kRelativ
 // Of the bias that the forward pass leaves for the backward pass, in the places that the plan gives both.
 int64_t kept_bytes(const genrec_attention_problem& p, const PlanShape& shape) {
   const BackwardInstance* backward = find(kBackward, p, bias_kind(p));
-  if (backward == nullptr || !reads_bias(*backward) || !stores_bias(*find(kForward, p, bias_kind(p)), p)) return 0;
+  if (backward == nullptr || !reads_bias(*backward) || !find(kForward, p, bias_kind(p))->blocks.stores_bias()) return 0;
   const int64_t bytes = bias_bytes(shape);
   return bytes <= most_kept() ? bytes : 0;
 }
@@ -349,8 +345,8 @@ constexpr const char* kNothingKept = "memory was given to keep a bias in, where 
 struct ForwardMemory {
   int64_t zeroed = 64, bias_at = 128, bytes;
 
-  ForwardMemory(const ForwardInstance& one, const genrec_attention_problem& p, const PlanShape& shape, bool kept)
-      : bytes(stores_bias(one, p) && !kept ? bias_at + bias_bytes(shape) : zeroed) {}
+  ForwardMemory(const ForwardInstance& one, const PlanShape& shape, bool kept)
+      : bytes(one.blocks.stores_bias() && !kept ? bias_at + bias_bytes(shape) : zeroed) {}
 };
 
 // The backward pass's memory: counters, the order of sums, the sums of the tables, a part of zeros; the sums of dQ;
@@ -358,7 +354,14 @@ struct ForwardMemory {
 // too, but where few sequences or none have any: kernels see to those then.
 struct BackwardMemory {
   int64_t turns_at, position_at, time_at, zeros_at, sum_at, stored_at, bias_at, zeroed, bytes;
-  int position_entries, time_entries, copies, stored_copies;  // stored_copies, the first: those of the pass over stored dS
+  // Of the tables' sums. The first copies are those of the pass over stored dS: one of the position table for each of its
+  // blocks, or, where the order is fixed, for each warp that sums, as of the time table.
+  struct Copies {
+    int entries, stored, all;
+
+    int64_t bytes() const { return aligned(int64_t{all} * entries * 4); }
+  };
+  Copies position, time;
 
   BackwardMemory(const genrec_attention_problem& p, const PlanShape& shape, bool deterministic, bool kept,
                  const BackwardLaunches& blocks) {
@@ -367,12 +370,15 @@ struct BackwardMemory {
     const int64_t tiles = gathers ? shape.capacity[one.queries] * p.heads : 0;
     turns_at = 128;
     position_at = turns_at + (deterministic ? aligned(tiles * 2 * 4) : 0);
-    stored_copies = blocks.stored * one.kernel.blocks.stored_tables;
-    copies = stored_copies + blocks.keys * one.kernel.blocks.tables;
-    position_entries = p.bias.d_position == nullptr || p.bias.position == nullptr ? 0 : 2 * p.bias.max_positions - 1;
-    time_entries = p.bias.d_time == nullptr || p.bias.time == nullptr ? 0 : p.bias.buckets;
-    time_at = position_at + aligned(int64_t{copies} * position_entries * 4);
-    zeros_at = time_at + aligned(int64_t{copies} * time_entries * 4);
+    const int stored = one.kernel.blocks.stored_tables, others = blocks.keys * one.kernel.blocks.tables;
+    const auto copies = [&](bool wanted, int entries, int each) {
+      return Copies{wanted ? entries : 0, blocks.stored * each, blocks.stored * each + others};
+    };
+    position = copies(p.bias.d_position != nullptr && p.bias.position != nullptr, 2 * p.bias.max_positions - 1,
+                      deterministic || stored == 0 ? stored : 1);
+    time = copies(p.bias.d_time != nullptr && p.bias.time != nullptr, p.bias.buckets, stored);
+    time_at = position_at + position.bytes();
+    zeros_at = time_at + time.bytes();
     sum_at = zeros_at + (stores ? kLargestPart * 2 : 0);
     stored_at = sum_at + aligned(tiles * shape.size[one.queries] * one.kernel.dim * 4);
     zeroed = stores ? sum_at : stored_at;
@@ -438,7 +444,7 @@ int64_t genrec_attention_workspace_bytes(const genrec_attention_problem* problem
                                          int32_t deterministic, int32_t kept) {
   if (check_problem(problem, backward != 0) != 0) return -1;
   const PlanShape shape = plan_shape(*problem);
-  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), *problem, shape, kept != 0).bytes;
+  if (!backward) return ForwardMemory(*find(kForward, *problem, bias_kind(*problem)), shape, kept != 0).bytes;
   BackwardLaunches blocks{0, 0};
   if (bias_kind(*problem) == Bias::kRelative && backward_launches(*problem, shape, &blocks) != 0) return -1;
   return BackwardMemory(*problem, shape, deterministic != 0, kept != 0, blocks).bytes;
@@ -456,31 +462,34 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   if (kept != nullptr && kept_bytes(p, shape) == 0) return fail(kNothingKept);
   ForwardParams params{};
   int most = 0;
-  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
+  const bool stored = one.blocks.stores_bias();
+  const auto encode_queries = [&](int box) { return encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box); };
+  if (encode_queries(stored ? one.blocks.stored_queries : one.blocks.queries) != 0 ||
       encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
   const auto on = static_cast<cudaStream_t>(stream);
-  const ForwardMemory memory(one, p, shape, kept != nullptr);
+  const ForwardMemory memory(one, shape, kept != nullptr);
   int* counters = static_cast<int*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(memory.zeroed), on);
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
-  params.list = shape.list(plan, kForwardQueries);
   params.out = output(out, p.v_dim);
   BiasParams bias = bias_params(p.bias);
-  const bool stored = stores_bias(one, p);
+  const auto pass = [&](int number, int list) -> int32_t {
+    params.common = common(p, counters + number);
+    params.list = shape.list(plan, list);
+    error = one.launch(params, bias, number, blocks_for(shape.capacity[list], p.heads, most), on);
+    return error == cudaSuccess ? 0 : fail("forward_kernel", error);
+  };
   if (stored) {
     void* data = kept != nullptr ? kept : static_cast<char*>(workspace) + memory.bias_at;
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
     error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
+    if (pass(0, kStoredForward) != 0) return -1;
+    if (one.blocks.stored_queries != one.blocks.queries && encode_queries(one.blocks.queries) != 0) return -1;
   }
-  for (int pass = one.blocks.bias_stored && !stored; pass < 1 + one.blocks.bias_stored; ++pass) {
-    params.common = common(p, counters + pass);
-    error = one.launch(params, bias, pass, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
-    if (error != cudaSuccess) return fail("forward_kernel", error);
-  }
-  return 0;
+  return pass(stored, kForwardQueries);
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,
@@ -526,10 +535,11 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
   if (one.blocks.stored_rows > 0)
     params.store = {base + memory.stored_at, shape.places(plan), shape.without_place(plan), base + memory.zeros_at};
   BiasParams bias = bias_params(p.bias);
-  const SumParams position{reinterpret_cast<float*>(base + memory.position_at), memory.copies, memory.position_entries,
-                           p.bias.d_position};
-  const SumParams time{reinterpret_cast<float*>(base + memory.time_at), memory.copies, memory.time_entries,
-                       p.bias.d_time};
+  const auto sums = [&](const BackwardMemory::Copies& copies, int64_t at, float* table) {
+    return SumParams{reinterpret_cast<float*>(base + at), copies.all, copies.entries, table};
+  };
+  const SumParams position = sums(memory.position, memory.position_at, p.bias.d_position);
+  const SumParams time = sums(memory.time, memory.time_at, p.bias.d_time);
   if (reads_bias(one))
     bias.relative.store = {kept != nullptr ? kept : base + memory.bias_at, params.store.first, params.store.left};
   if (reads_bias(one) && kept == nullptr) {
@@ -547,12 +557,12 @@ int32_t genrec_attention_backward(const genrec_attention_problem* problem, const
     if (others && pass == 1 + one.blocks.stored_passes && one.blocks.query_box != kBoxRows && encode_queries(kBoxRows) != 0)
       return -1;
     const int used = blocks_for(shape.capacity[list], p.heads, most);
-    const auto sums_of = [&](const SumParams& table) {
-      const int64_t before = of_stored ? 0 : memory.stored_copies;
+    const auto sums_of = [&](const SumParams& table, const BackwardMemory::Copies& copies) {
+      const int64_t before = of_stored ? 0 : copies.stored;
       return table.entries == 0 ? nullptr : const_cast<float*>(table.copies) + before * table.entries;
     };
-    bias.relative.position_sums = sums_of(position);
-    bias.relative.time_sums = sums_of(time);
+    bias.relative.position_sums = sums_of(position, memory.position);
+    bias.relative.time_sums = sums_of(time, memory.time);
     error = one.launch(params, bias, pass, used, on);
     if (error != cudaSuccess) return fail("backward_kernel", error);
   }

@@ -201,6 +201,7 @@ __device__ inline void backward_produce(const typename Shape::Params& p, typenam
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) backward_kernel(const __grid_constant__ typename Shape::Params p) {
+  if (Shape::kLeftOver) wait_for_kernel_before();
   if (Shape::kLeftOver && p.store.left != nullptr && *p.store.left == 0) return;
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);

@@ -4,7 +4,7 @@
 // dQ and the gradients of the tables are sums of dS: another kernel's work (backward_stored.h), that neither holds
 // products up nor shares their registers. What tells the bias of pairs would: it was told before, once for all heads
 // (bias_store.h). What remains is the kernel without a bias (backward_keys.h), whose threads read what they add to their
-// scores straight into registers, half a step ahead: shared memory has no time to spare. The bias lies in the order of the
+// scores straight into registers, a step ahead: shared memory has no time to spare. The bias lies in the order of the
 // forward pass, whose rows are queries; its blocks of 8 x 8 pairs are transposed on their way to the scores.
 #pragma once
 
@@ -26,11 +26,21 @@ struct BiasedKeysShape : PipelinedShape<Element_, 128, kCausal_, false> {
 // A thread's bias of one step.
 struct StepBias {
   PartBias<BiasCell> bias;
+  int next;  // the part of the step behind it
 
+  // The first step's.
   template <class Shape>
-  __device__ void read(const typename Shape::Params& p, const StepRecord& step, int warpgroup, Lane lane) {
-    // Where the row has no cell for the second warpgroup, nothing of it is seen: any bias will do.
-    bias.read(p.bias, step.bias + (warpgroup < step.cells ? warpgroup * Shape::Parts::kCount : 0), lane);
+  __device__ void start(const typename Shape::Params& p, const TileRecord& tile, int warpgroup, Lane lane) {
+    bias.read(p.bias, first_bias<Shape>(p, tile, warpgroup), lane);
+  }
+
+  __device__ void note(const StepRecord& step, int warpgroup) { next = step.bias.part<BiasCell>(warpgroup); }
+
+  // Before products are issued: reads behind those wait until the tensor cores take them up.
+  template <class Shape>
+  __device__ void read_next(const typename Shape::Params& p, Lane lane) {
+    bias.read(p.bias, next, lane);
+    keep_order();
   }
 
   template <class Scores, class Weigh>

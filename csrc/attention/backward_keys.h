@@ -11,7 +11,10 @@ namespace genrec::attention {
 // A thread's bias of one step: none.
 struct NoBias {
   template <class Shape>
-  __device__ void read(const typename Shape::Params&, const StepRecord&, int, Lane) {}
+  __device__ void start(const typename Shape::Params&, const TileRecord&, int, Lane) {}
+  __device__ void note(const StepRecord&, int) {}
+  template <class Shape>
+  __device__ void read_next(const typename Shape::Params&, Lane) {}
   // `weigh` gets scores, and by what they are multiplied to be half of what SiLU is of.
   template <class Scores, class Weigh>
   __device__ void add_to(const Scores& scores, float half_alpha, Weigh weigh) {
@@ -50,7 +53,7 @@ struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape, StepBias>> {
     const auto await_queries = [&](const Stage& at) {
       shared.q_ring.full[at.stage].wait(at.parity);
       masked = this->record(at).masked;
-      bias.template read<Shape>(p, this->record(at), warpgroup, lane);
+      bias.note(this->record(at), warpgroup);
     };
     const auto issue_scores = [&](const Stage& at) {
       issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
@@ -69,16 +72,18 @@ struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape, StepBias>> {
         weigh<Shape>(biased, rounded, derivatives, factor, masked, this->record(q), shared.sights[warpgroup], lane,
                      lane.column());
       });
+      if constexpr (kNext) bias.template read_next<Shape>(this->p, this->lane);
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
       Stage next = q;
       next.next();
-      if constexpr (kNext && Shape::kReadsBias) await_queries(next);
       wait_for<1>(d_weights);
       auto ds = make_operand<Element, kQueries>();
       differentiate<Element>(derivatives, d_weights, ds);
       issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
-      if constexpr (kNext && !Shape::kReadsBias) await_queries(next);
-      if constexpr (kNext) issue_scores(next);
+      if constexpr (kNext) {
+        await_queries(next);
+        issue_scores(next);
+      }
       if constexpr (Shape::kStores) {  // beside products: nothing waits for these stores
         using Parts = typename Shape::Parts;
         const StepRecord& record = this->record(q);
@@ -91,6 +96,7 @@ struct KeysConsumer : PipelinedLoop<Shape, KeysConsumer<Shape, StepBias>> {
       if constexpr (kNext) wait_for<0>(scores);
       q = next;
     };
+    if (count > 0) bias.template start<Shape>(p, shared.work[this->work.stage].tile, warpgroup, lane);
     this->write_sights();
     shared.k_ring.full[keys.stage].wait(keys.parity);
     if (count == 0) {

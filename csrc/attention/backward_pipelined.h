@@ -23,6 +23,17 @@ __device__ inline cutlass::Array<float, 2> unpack(uint32_t word) {
   return {static_cast<float>(packed[0]), static_cast<float>(packed[1])};
 }
 
+// Where parts of the bias that all heads share lie for a step.
+struct BiasPlace {
+  int word;  // twice the number of the part of the tile's first 64 keys; 1 more where there is one of the second
+
+  // Where there is none, nothing of it is seen: any part will do.
+  template <class Parts>
+  __device__ int part(int warpgroup) const {
+    return (word >> 1) + (word & warpgroup ? Parts::kCount : 0);
+  }
+};
+
 // What the producer tells the consumers of a step, and so saves them the registers to find out.
 struct StepRecord {
   int64_t place;  // where dQ is gathered: of the query tile among those of dQ, times heads, plus head; else of dS's part
@@ -32,7 +43,7 @@ struct StepRecord {
     int rank;   // key tiles that add to dQ before this one, where the order is fixed
     int cells;  // of dS, from that of `place` on, which its row still has
   };
-  int bias;  // where a part lies, of the bias that all heads share: the step's own, or where kBiasAhead the next one's
+  BiasPlace bias;  // the next step's
 };
 
 // Where the record of the step lies whose Q is at a place. There are twice as many as stages, since dQ of a step may be
@@ -103,8 +114,10 @@ __device__ inline StepRecord step_record(const BackwardParams& p, const TileReco
   step.row = m * kQueries + tile.keys - tile.queries;
   step.masked = !band.all_seen(step.row, step.row + kQueries);
   if constexpr (Shape::kStores) step.cells = step_cells<Shape>(places, m, tile.first);
-  if constexpr (Shape::kReadsBias)
-    step.bias = static_cast<int>(step_place<Shape>(places, bias_m, tile.first) - heads_before);
+  if constexpr (Shape::kReadsBias) {
+    const auto part = static_cast<int>(step_place<Shape>(places, bias_m, tile.first) - heads_before);
+    step.bias.word = 2 * part + (step_cells<Shape>(places, bias_m, tile.first) > 1);
+  }
   if constexpr (Shape::kGathers) step.rank = 0;
   if (Shape::kGathers && p.turns != nullptr) {
     const int end = smaller(step.row + kQueries, tile.keys);
@@ -245,7 +258,6 @@ struct PipelinedShape {
   static constexpr bool kStores = false;       // dS for that kernel (ds_store.h)
   static constexpr bool kStoredOnly = false;   // of sequences that have no place there nothing is computed
   static constexpr bool kReadsBias = false;    // of memory (BiasStore)
-  static constexpr bool kBiasAhead = false;    // records say where the next step's is
   using Params = BackwardParams;
   static constexpr int kQueryBox = kGathers ? (D_ <= 64 ? 128 : 64) : kBoxRows, kKeyBox = kGathers ? 128 : kBoxRows;
   static constexpr int D = D_, kKeys = 128, kQueries = D <= 64 ? 128 : 64;
@@ -383,9 +395,9 @@ __device__ inline void load_query_tiles(const typename Shape::Params& p, typenam
       }
       if constexpr (kWritesRecords) {
         if (loads) {
-          const int bias_m = Shape::kBiasAhead ? ranges.tile(smaller(i + 1, count - 1)) : m;
+          const int next_m = ranges.tile(smaller(i + 1, count - 1));
           shared.steps[record_place(q, true)] =
-              step_record<Shape>(p, tile, mask, band, places, heads_before, m, bias_m);
+              step_record<Shape>(p, tile, mask, band, places, heads_before, m, next_m);
           shared.q_ring.full[q.stage].arrive();
         }
       }

@@ -29,7 +29,7 @@ struct RelayShape {
   static constexpr int D = 256, kQueries = 48, kKeys = 64;
   using Params = BackwardParams;
   static constexpr bool kCausal = kCausal_, kGathers = false, kStores = true, kStoredOnly = false;
-  static constexpr bool kReadsBias = false, kBiasAhead = false;
+  static constexpr bool kReadsBias = false;
   static constexpr int kQueryBox = kQueries, kKeyBox = kBoxRows;
   static constexpr int kConsumers = 2, kKeyReaders = 1, kSlopeStages = 2;
   static constexpr int kQueryStages = 3, kKeyStages = 1, kValueStages = 1;
@@ -70,7 +70,7 @@ struct RelayShape {
 // With a bias: sequences that have a place in the stores.
 template <class Element_, bool kCausal_>
 struct BiasedRelayShape : RelayShape<Element_, kCausal_> {
-  static constexpr bool kStoredOnly = true, kReadsBias = true, kBiasAhead = true;
+  static constexpr bool kStoredOnly = true, kReadsBias = true;
   struct Params : BackwardParams {
     BiasStore bias;
   };
@@ -111,10 +111,10 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     Tensor dv = partition_fragment_C(out_mma, Extent<kKeys, D>{});
     clear(dv);
     auto weights = make_operand<Element, kQueries>();
-    conditional_t<Shape::kReadsBias, PartBias<Parts>, NoPartBias> bias;  // the scores'
+    using StepBias = conditional_t<Shape::kReadsBias, PartBias<Parts>, NoPartBias>;
+    StepBias read;  // the next scores', before blocks are transposed
     Stage at = q;  // of the scores; q: of the products with P
     const auto add_values = [&] {
-      shared.d_out_ring.full[q.stage].wait(q.parity);
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
     };
     const auto finish_values = [&] {
@@ -126,8 +126,16 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     const auto step = [&](auto has_before) {
       constexpr bool kBefore = decltype(has_before)::value;
       Tensor scores = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
+      // Reads and waits that stand behind products take as long as the tensor cores need to take those up.
       shared.q_ring.full[at.stage].wait(at.parity);
       const StepRecord record = this->record(at);
+      if constexpr (kBefore) shared.d_out_ring.full[q.stage].wait(q.parity);
+      StepBias bias;
+      if constexpr (Shape::kReadsBias) {
+        bias = read.transposed();
+        read.read(p.bias, record.bias.template part<Parts>(0), lane);  // the next step's, if there is one
+        keep_order();
+      }
       issue_product<true>(score_mma, k_tile(_, _, _, keys.stage), q_tile(_, _, _, at.stage), scores);
       if constexpr (kBefore) add_values();
       wait_for<kBefore>(scores);
@@ -136,10 +144,8 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       ScorePairs<Element, kQueries / 2, false> exact;
       Slopes slopes;
       if constexpr (Shape::kReadsBias) {
-        bias.transpose();
         weigh<Shape>(bias.added_to(scores, p.common.half_alpha), exact, slopes, 1.f, record.masked, record,
                      shared.sights[0], lane, lane.column());
-        bias.read(p.bias, record.bias, lane);  // the next step's, if there is one
       } else {
         weigh<Shape>(scores, exact, slopes, p.common.half_alpha, record.masked, record, shared.sights[0], lane,
                      lane.column());
@@ -151,7 +157,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       for (int e = 0; e < size(scores); e += 2) rounded.put(e, exact.values[e], exact.values[e + 1]);
     };
     if constexpr (Shape::kReadsBias) {
-      if (count > 0) bias.read(p.bias, first_bias(), lane);
+      if (count > 0) read.read(p.bias, first_bias<Shape>(p, shared.work[this->work.stage].tile, 0), lane);
     }
     this->write_sights();
     shared.k_ring.full[keys.stage].wait(keys.parity);
@@ -160,6 +166,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       CUTE_NO_UNROLL
       for (; count > 1; --count) step(true_type{});
       release(shared.k_ring.empty[keys.stage]);
+      shared.d_out_ring.full[q.stage].wait(q.parity);
       add_values();
       finish_values();
     } else {
@@ -182,7 +189,6 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     auto ds = make_operand<Element, kQueries>();
     Stage at = q;  // of dP; q: of the products with dS
     const auto add_keys = [&] {
-      shared.q_ring.full[q.stage].wait(q.parity);
       issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
     };
     const auto finish_keys = [&] {
@@ -195,9 +201,10 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       constexpr bool kBefore = decltype(has_before)::value;
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       shared.d_out_ring.full[at.stage].wait(at.parity);
+      if constexpr (kBefore) shared.q_ring.full[q.stage].wait(q.parity);
       issue_product<true>(score_mma, v_tile(_, _, _, values.stage), d_out_tile(_, _, _, at.stage), d_weights);
       if constexpr (kBefore) add_keys();
-      const Slopes slopes = take_slopes();  // now: beside products shared memory is slow
+      const Slopes slopes = read_slopes();
       const int64_t place = this->record(at).place;  // written before the slopes were
       wait_for<kBefore>(d_weights);
       release(shared.d_out_ring.empty[at.stage]);
@@ -207,6 +214,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
         const cutlass::Array<float, 2> pair = slopes.get(e);
         d_weights(e) *= pair[0], d_weights(e + 1) *= pair[1];
       }
+      release_slopes(slopes);
       if constexpr (kBefore) finish_keys();
       convert<Element>(d_weights, ds);  // now: sooner the last products would still read them
       keep_ds<Parts>(ds, p.store, place, lane);
@@ -217,21 +225,13 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       CUTE_NO_UNROLL
       for (; count > 1; --count) step(true_type{});
       release(shared.v_ring.empty[values.stage]);
+      shared.q_ring.full[q.stage].wait(q.parity);
       add_keys();
       finish_keys();
     } else {
       release(shared.v_ring.empty[values.stage]);
     }
     this->store(dk, 2.f * p.common.half_alpha, p.dk);
-  }
-
-  // Where the bias of the tile's first step lies.
-  __device__ int first_bias() const {
-    const TileRecord& tile = shared.work[this->work.stage].tile;
-    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-    const TileRanges ranges = mask.query_tiles(tile.first, tile.first + kKeys, kQueries, tile.queries);
-    const CellPlaces places(p.bias, stored_sequence(tile, mask), tile.sequence, 0, 1);
-    return static_cast<int>(places.part<Parts>(ranges.tile(0), tile.first / kCellKeys));
   }
 
   __device__ void give_slopes(const Slopes& slopes) {
@@ -245,18 +245,25 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     slope.next();
   }
 
-  __device__ Slopes take_slopes() {
+  __device__ Slopes read_slopes() const {
     Slopes slopes;
     shared.slope_ring.full[slope.stage].wait(slope.parity);
+    keep_accesses();
     CUTE_UNROLL
     for (int i = 0; i < Shape::kSlopeWords; i += 4) {
       const uint4 words = shared.slopes[slope.stage][i / 4][thread];
       slopes.values[i] = words.x, slopes.values[i + 1] = words.y;
       slopes.values[i + 2] = words.z, slopes.values[i + 3] = words.w;
     }
-    release(shared.slope_ring.empty[slope.stage]);
-    slope.next();
     return slopes;
+  }
+
+  __device__ void release_slopes(const Slopes& slopes) {
+    uint32_t bits = 0;
+    CUTE_UNROLL
+    for (int i = 0; i < Shape::kSlopeWords; i += 4) bits |= slopes.values[i];
+    release_read(shared.slope_ring.empty[slope.stage], bits);
+    slope.next();
   }
 };
 

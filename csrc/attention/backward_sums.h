@@ -49,10 +49,10 @@ struct StoredSumsShape {
   static constexpr Bias kBias = Bias::kRelative;
   static constexpr bool kRelative = true, kSumsTables = true;
   using Params = BiasedParams<BackwardParams, kBias>;
-  // Shared memory decides: 227 KiB.
-  static constexpr int kStages = 4;
+  // Shared memory decides: 227 KiB. Nearly three cells are being summed, the others on their way; K is wanted by its product
+  // alone, soon after it came.
+  static constexpr int kStages = 5, kKeyStages = 2;
   static constexpr int kPreparers = 2, kSummingWarps = 8;
-  static_assert(kStages % kPreparers == 0, "a warp that prepares sees each phase of its stages");
   static constexpr int kThreads = 128 * (2 + kSummingWarps / 4);
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 232, kGradientRegisters = 112;
   static_assert(kProducerRegisters + kConsumerRegisters + kSummingWarps / 4 * kGradientRegisters <=
@@ -71,8 +71,9 @@ struct StoredSumsShape {
 
   struct alignas(1024) Shared {
     alignas(1024) Element ds[kStages][kCellElements];
-    alignas(1024) Element k[kStages][kKeys * D];
-    Ring<kStages> ring;  // dS, K and what is prepared of a step
+    alignas(1024) Element k[kKeyStages][kKeys * D];
+    Ring<kStages> ring;  // dS and what is prepared of a step
+    Ring<kKeyStages> k_ring;
     Ring<2> work_ring;
     PipelinedWork work[2];
     int taken;  // blocks, where any warp takes the next one
@@ -165,10 +166,11 @@ __device__ inline void load_parts(const BackwardParams& p, int64_t cell, int par
   }
 }
 
+// Takes units of work, and brings dS.
 template <class Shape>
 __device__ inline void sums_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
-  constexpr int D = Shape::D, kKeys = Shape::kKeys;
+  constexpr int kKeys = Shape::kKeys;
   Place<2> work(1);
   Place<Shape::kStages> at(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
@@ -189,9 +191,8 @@ __device__ inline void sums_produce(const typename Shape::Params& p, typename Sh
       const int key = sight.ranges.tile(n) * kKeys, parts = sight.parts(tile, key);
       FullBarrier& full = shared.ring.full[at.stage];
       shared.ring.empty[at.stage].wait(at.parity);
-      full.arrive_and_expect_tx(kTileBytes<Element, kKeys, D> + kCellElements * sizeof(Element));
+      full.arrive_and_expect_tx(kCellElements * sizeof(Element));
       load_parts<Shape>(p, places.cell(tile.first / Shape::kQueries, key / kKeys), parts, full, shared.ds[at.stage]);
-      load_tile<Element, kKeys, D, kBoxRows>(p.k, full, shared.k[at.stage], tile.key_start + key, unit.head);
     }
   }
   shared.work[work.stage].tile.sequence = -1;
@@ -202,12 +203,40 @@ __device__ inline void sums_produce(const typename Shape::Params& p, typename Sh
   }
 }
 
+// Another thread brings K: it would have to wait for its place before it goes on with dS.
+template <class Shape>
+__device__ inline void sums_load_keys(const typename Shape::Params& p, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  constexpr int D = Shape::D, kKeys = Shape::kKeys;
+  Place<2> work(0);
+  Place<Shape::kKeyStages> at(1);
+  for (;; work.next()) {
+    shared.work_ring.full[work.stage].wait(work.parity);
+    keep_accesses();
+    const TileRecord tile = shared.work[work.stage].tile;
+    const int head = shared.work[work.stage].head;
+    arrive_as_warp(shared.work_ring.empty[work.stage]);
+    if (tile.sequence < 0) return;
+    const UnitSight<Shape> sight(p.common, tile);
+    const int count = sight.ranges.count();
+    CUTE_NO_UNROLL
+    for (int n = 0; n < count; ++n, at.next()) {
+      FullBarrier& full = shared.k_ring.full[at.stage];
+      shared.k_ring.empty[at.stage].wait(at.parity);
+      full.arrive_and_expect_tx(kTileBytes<Element, kKeys, D>);
+      load_tile<Element, kKeys, D, kBoxRows>(p.k, full, shared.k[at.stage],
+                                             tile.key_start + sight.ranges.tile(n) * kKeys, head);
+    }
+  }
+}
+
 struct PartTimes {
   TimeSpan span;
   bool rise;
 };
 
-// One of the warps that prepare steps, by turns.
+// One of the warps that prepare steps, by turns. It comes by a stage not each time that this is filled; yet no phase of
+// `empty` misleads it: when it has waited for a later stage, the turn that it left out has been given back.
 template <class Shape>
 struct SumsPreparer {
   static constexpr int kParts = Shape::Parts::kCount, kQueries = Shape::kQueries;
@@ -378,10 +407,11 @@ __device__ inline void sums_consume(const typename Shape::Params& p, typename Sh
   const auto slice = dq_mma.get_slice(0);
   const auto ds_parts = operand_a(slice, make_tensor(make_smem_ptr(shared.ds[0]), PartLayout<Element, Parts, kStages>{}));
   const auto k_columns = operand_b(slice, make_tensor(
-      make_smem_ptr(shared.k[0]), TransposedLayout<Element, kKeys, D, kStages>{}));
+      make_smem_ptr(shared.k[0]), TransposedLayout<Element, kKeys, D, Shape::kKeyStages>{}));
 
   Place<2> work(0);
   Place<kStages> at(0), done(0);
+  Place<Shape::kKeyStages> k(0), k_done(0);
   for (;; work.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const int count = shared.work[work.stage].steps;
@@ -391,18 +421,20 @@ __device__ inline void sums_consume(const typename Shape::Params& p, typename Sh
     Tensor third = partition_fragment_C(dq_mma, Extent<64, D>{});
     const auto issue = [&](auto starts) {
       constexpr bool kStarts = decltype(starts)::value;
+      shared.k_ring.full[k.stage].wait(k.parity);
       shared.ring.full[at.stage].wait(at.parity);
-      const auto keys = k_columns(_, _, _, at.stage);
+      const auto keys = k_columns(_, _, _, k.stage);
       issue_product<kStarts>(dq_mma, ds_parts(_, _, _, kParts * at.stage), keys, first);
       issue_product<kStarts>(dq_mma, ds_parts(_, _, _, kParts * at.stage + 1), keys, second);
       issue_product<kStarts>(dq_mma, ds_parts(_, _, _, kParts * at.stage + 2), keys, third);
-      at.next();
+      at.next(), k.next();
     };
     const auto finish = [&](auto pending) {
       constexpr int kPending = decltype(pending)::value;
       wait_for<kPending>(first), wait_for<kPending>(second), wait_for<kPending>(third);
       release(shared.ring.empty[done.stage]);
-      done.next();
+      release(shared.k_ring.empty[k_done.stage]);
+      done.next(), k_done.next();
     };
     const auto store = [&](const auto& dq, int part) {
       const auto& [tile, head, steps] = shared.work[work.stage];
@@ -436,18 +468,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) stored_sums_kernel(const _
   const bool sums = sums_tables<Shape>(p);
   if (threadIdx.x == 0) {
     shared.ring.init(kArrivalsPerWarpgroup + (sums ? Shape::kSummingWarps : 0), 1 + (sums ? kArrivalsPerWarp : 0));
-    shared.work_ring.init(kArrivalsPerWarpgroup + (sums ? Shape::kPreparers : 0));
+    shared.k_ring.init(kArrivalsPerWarpgroup);
+    shared.work_ring.init(kArrivalsPerWarpgroup + 1 + (sums ? Shape::kPreparers : 0));
     shared.taken = 0;
     fence_new_barriers();
     prefetch_map(p.k);
   }
   if (p.bias.time_sums != nullptr) fill_buckets<Shape::kThreads>(shared.buckets, p.bias, 1.f);
   sync_block(Shape::kThreads);
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) sums_produce<Shape>(p, shared);
+    if (threadIdx.x == 32 * (1 + Shape::kPreparers)) sums_load_keys<Shape>(p, shared);
     if (warp > 0 && warp <= Shape::kPreparers && sums) SumsPreparer<Shape>{p, shared}.run(warp - 1);
   } else if (warpgroup == 1) {
     take_registers<Shape::kConsumerRegisters>();

@@ -53,9 +53,24 @@ struct Place {
 // warp before the buffer is given back, so each of the four warps arrives.
 constexpr int kArrivalsPerWarpgroup = 4;
 
-__device__ inline void release(const EmptyBarrier& empty) {
+template <class Barrier>
+__device__ inline void release(const Barrier& empty) {
   sync_warp();
   if (threadIdx.x % 32 < kArrivalsPerWarp) empty.arrive();
+}
+
+// Gives back a buffer that the warp's loads have read: `bits`, some of what each load brought. Such loads stand in one queue
+// with matrix products, and arrivals overtake them: the buffer would be filled anew before it is read. This arrival needs the
+// bits first.
+template <class Barrier>
+__device__ inline void release_read(const Barrier& empty, uint32_t bits) {
+  release((&empty)[bits & unknown_zero()]);
+}
+
+// A single thread that counts as a warp. What it read before has been read: the compiler would move that behind.
+__device__ inline void arrive_as_warp(const EmptyBarrier& empty) {
+  keep_accesses();
+  for (int n = 0; n < kArrivalsPerWarp; ++n) empty.arrive();
 }
 
 // Consumer warpgroups issue their matrix products in turn: while one has the tensor cores, the others compute SiLU.

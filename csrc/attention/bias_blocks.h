@@ -2,7 +2,7 @@
 //
 // A warp has its own copies of the tables. Additions of floating-point numbers have a fixed order, and a last kernel adds
 // the copies up. Position: bias_diagonals.h; what it gives is added to the warp's copy by reductions that nobody waits for,
-// and nobody else adds to that copy. Time: a few edges are compared with, pair by pair or, where times rise, by bias_cuts.h;
+// and nobody else adds to that copy. Over stored dS it is the block's copy where the order may differ from run to run. Time: a few edges are compared with, pair by pair or, where times rise, by bias_cuts.h;
 // where buckets are looked up, bias_histogram.h adds.
 //
 // Beside products a read of shared memory takes some 200 cycles, and a warp waits for its own alone: what a block takes is
@@ -191,7 +191,9 @@ struct BlockSums {
     if (Shape::kSumsByProducts && any_lane(!(total - total == 0.f))) diagonals.add_up_slowly(block, sums);
     if (p.bias.position_sums == nullptr) return total;
     const int entries = 2 * p.bias.max_positions - 1, first = apart + p.bias.max_positions - 64 + lane;
-    float* table = p.bias.position_sums + (int64_t{blockIdx.x} * kCopies + copy) * entries;
+    const bool shares = kTiled && p.turns == nullptr;
+    const int64_t number = shares ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * kCopies + copy;
+    float* table = p.bias.position_sums + number * entries;
     if (kTiled && first >= lane && first - lane + 127 < entries) {
       table += first;
       CUTE_UNROLL

@@ -290,6 +290,7 @@ struct BiasFiller {
 __global__ void __launch_bounds__(kFillThreads, kFillResident) fill_bias_kernel(const __grid_constant__ FillParams p) {
   GENREC_SHARED_MEMORY(memory);
   auto& shared = *reinterpret_cast<FillShared*>(memory);
+  let_next_kernel_start();
   fill_buckets<kFillThreads>(shared.buckets, p.bias, 0.5f);
   sync_block(kFillThreads);
   BiasFiller{p, shared.buckets, shared.warps[threadIdx.x / 32], static_cast<int>(threadIdx.x % 32)}.run();

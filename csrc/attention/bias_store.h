@@ -47,13 +47,21 @@ struct StoredBias {
   static constexpr int kParts = kKeys / kCellKeys;
   uint4 quads[kParts][4];
 
-  __device__ void load(const StoredBiasRow& row, int tile, Lane lane) {
+  // `tile`: its parts in shared memory, one behind the other.
+  __device__ void read(const uint4* tile, Lane lane) {
     CUTE_UNROLL
     for (int n = 0; n < kParts; ++n) {
-      const uint4* from = row.part(tile * kParts + n) + stored_bias_at(lane.warp, 0, lane.lane);
       CUTE_UNROLL
-      for (int c = 0; c < 4; ++c) quads[n][c] = load_written(from + 32 * c);
+      for (int c = 0; c < 4; ++c) quads[n][c] = tile[n * (kBiasPartBytes / 16) + stored_bias_at(lane.warp, c, lane.lane)];
     }
+  }
+
+  // Of what each load brought.
+  __device__ uint32_t some_bits() const {
+    uint32_t bits = 0;
+    CUTE_UNROLL
+    for (int n = 0; n < 4 * kParts; ++n) bits |= quads[n / 4][n % 4].x;
+    return bits;
   }
 
   // h = (alpha s + bias) / 2.
@@ -73,8 +81,6 @@ struct StoredBias {
 };
 
 template <>
-struct StoredBias<0> {
-  __device__ void load(const StoredBiasRow&, int, Lane) {}
-};
+struct StoredBias<0> {};
 
 }  // namespace genrec::attention

@@ -22,12 +22,24 @@ namespace genrec::attention {
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
+// A kernel that is launched so (launch_kernel in instantiate.h) starts when all blocks of the one before it in the stream
+// have said that it may, or have ended; what that one writes, and those before it, is there after the wait. All threads
+// wait, whatever else they do: a block that ends sooner would let the next kernel believe that all is done.
+__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // New barriers become visible to the copy engine.
 __device__ inline void fence_new_barriers() { cutlass::arch::fence_barrier_init(); }
 
 // The assembler moves no reads of memory across, so that it claims registers for a few of them at a time. All lanes of a
 // warp come here.
 __device__ inline void keep_order() { __syncwarp(); }
+
+// The compiler moves no accesses of memory across. Waiting for a barrier alone does not tell it that others write.
+__device__ inline void keep_accesses() { asm volatile("" ::: "memory"); }
+
+// Zero, which the compiler doesn't know: launches have one dimension.
+__device__ inline uint32_t unknown_zero() { return blockIdx.z; }
 
 // What this thread wrote to shared memory becomes visible to the tensor cores and the copy engine.
 __device__ inline void fence_shared_writes() { cutlass::arch::fence_view_async_shared(); }
@@ -108,10 +120,12 @@ __device__ inline void load_box(const CUtensorMap& map, FullBarrier& full, Eleme
   cute::SM90_TMA_LOAD_3D::copy(&map, reinterpret_cast<uint64_t*>(&full), kHint, to, column, head, row);
 }
 
-// `bytes` bytes to shared memory; `full` has been told of them. Addresses and size are multiples of 16. Read once: the L2
-// cache need not keep them.
+// `bytes` bytes to shared memory; `full` has been told of them. Addresses and size are multiples of 16. kOnce: nobody else
+// reads them, the L2 cache need not keep them.
+template <bool kOnce = true>
 __device__ inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
-  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+  constexpr uint64_t kHint = static_cast<uint64_t>(kOnce ? cute::TMA::CacheHintSm90::EVICT_FIRST
+                                                         : cute::TMA::CacheHintSm90::EVICT_NORMAL);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           cute::cast_smem_ptr_to_uint(to)),
@@ -129,9 +143,10 @@ __device__ inline uint32_t pack_finite_halves(float low, float high) {
 // 16 bytes that an earlier kernel wrote.
 __device__ inline uint4 load_written(const uint4* from) {
   uint4 four;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
-               : "l"(from));
+               : "l"(from)
+               : "memory");
   return four;
 }
 

@@ -5,8 +5,9 @@
 // warpgroup the product S of the next key tile and the product P V of this one are in flight together; SiLU of the
 // next runs while P V finishes. Between warpgroups turns are passed (barriers.h), so that one's SiLU runs beside
 // another's products. With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by
-// turns (bias.h): one alone waits for memory longer than the products take. At D = 128 that is for sequences that are
-// left over: the others' bias is in memory (bias_store.h), whence each thread loads its own a tile ahead.
+// turns (bias.h): one alone waits for memory longer than the products take. From D = 64 on that is for sequences that
+// are left over: the others' bias is in memory (bias_store.h), and the copy engine brings each warpgroup's part of a tile
+// to shared memory. Loads by the threads that need it took longer: they pass through what products need most.
 #pragma once
 
 #include "attention/barriers.h"
@@ -25,9 +26,9 @@ struct ForwardShape {
   static constexpr Bias kBias = kBias_;
   static constexpr bool kBiasStored = kBiasStored_;
   static constexpr bool kRelative = kBias == Bias::kRelative && !kBiasStored;  // and is prepared here
-  static constexpr bool kLeftOver = kRelative && D == 128;  // serves sequences that have no place in a store
+  static constexpr bool kLeftOver = kRelative && D >= 64;  // serves sequences that have no place in a store
   // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three).
-  static constexpr int kConsumers = D <= 64 ? 3 : 2;
+  static constexpr int kConsumers = D <= 64 && !kBiasStored ? 3 : 2;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = D == 256 ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
@@ -53,10 +54,15 @@ struct ForwardShape {
   using Params = cute::conditional_t<kBias == Bias::kNone, ForwardParams, BiasedParams<ForwardParams, kBias>>;
   using BiasMemory = cute::conditional_t<kRelative, RelativeBiasMemory<kQueries, kKeys, kBiasWarps, true>, NoBiasMemory>;
 
+  // Of a bias in memory, each warpgroup's part of a tile.
+  struct StoredBiasMemory {
+    alignas(128) uint4 tiles[kConsumers][kKeys / kCellKeys * kBiasPartBytes / 16];
+    Ring<1> rings[kConsumers];
+  };
+
   struct Work {
     TileRecord tile;
     int head;
-    cute::conditional_t<kBiasStored, StoredBiasRow[kConsumers], NoBiasMemory> bias;
   };
 
   struct alignas(1024) Shared {
@@ -68,6 +74,7 @@ struct ForwardShape {
     Ring<2> work_ring;
     Work work[2];
     BiasMemory bias;
+    cute::conditional_t<kBiasStored, StoredBiasMemory, NoBiasMemory> stored_bias;
   };
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
@@ -112,15 +119,6 @@ __device__ inline void forward_produce(const typename Shape::Params& p, typename
     shared.work[work.stage].tile = tile, shared.work[work.stage].head = unit.head;
     const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
     const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
-    if constexpr (Shape::kBiasStored) {
-      for (int c = 0; c < Shape::kConsumers; ++c) {
-        const StoredBiasRow row(p.bias.store, tile, mask, tile.first / 64 + c);
-        shared.work[work.stage].bias[c] = row;
-        if (ranges.count() == 0) continue;
-        constexpr int kColumns = Shape::kKeys / kCellKeys;  // the first tile's: nothing is done before they are there
-        for (int n = 0; n < kColumns; ++n) prefetch_to_l2(row.part(ranges.tile(0) * kColumns + n), kBiasPartBytes);
-      }
-    }
     shared.work_ring.full[work.stage].arrive();
 
     const auto load_keys = [&](int n) {
@@ -152,6 +150,39 @@ __device__ inline void forward_produce(const typename Shape::Params& p, typename
     }
     if (count > 0) load_values(ranges.tile(count - 1));
     w = following;
+  }
+}
+
+// The thread that brings the parts of a bias in memory.
+template <class Shape>
+__device__ inline void forward_load_bias(const typename Shape::Params& p, typename Shape::Shared& shared) {
+  constexpr int kParts = Shape::kKeys / kCellKeys;
+  Place<2> work(0);
+  Place<1> at(1);
+  for (;; work.next()) {
+    shared.work_ring.full[work.stage].wait(work.parity);
+    keep_accesses();
+    const TileRecord tile = shared.work[work.stage].tile;
+    arrive_as_warp(shared.work_ring.empty[work.stage]);
+    if (tile.sequence < 0) return;
+    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+    const TileRanges ranges = forward_key_tiles<Shape>(mask, tile);
+    StoredBiasRow rows[Shape::kConsumers];
+    CUTE_UNROLL
+    for (int c = 0; c < Shape::kConsumers; ++c) rows[c] = StoredBiasRow(p.bias.store, tile, mask, tile.first / 64 + c);
+    const int count = ranges.count();
+    CUTE_NO_UNROLL
+    for (int n = 0; n < count; ++n, at.next()) {
+      CUTE_UNROLL
+      for (int c = 0; c < Shape::kConsumers; ++c) {
+        Ring<1>& ring = shared.stored_bias.rings[c];
+        ring.empty[0].wait(at.parity);
+        ring.full[0].arrive_and_expect_tx(kParts * kBiasPartBytes);
+        for (int m = 0; m < kParts; ++m)
+          copy_in_bulk<false>(shared.stored_bias.tiles[c] + m * (kBiasPartBytes / 16),
+                              rows[c].part(ranges.tile(n) * kParts + m), kBiasPartBytes, ring.full[0]);
+      }
+    }
   }
 }
 
@@ -222,15 +253,13 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
   Place<2> work(0);
   Place<Shape::kQueryStages> q(0);
   Place<Shape::kKeyStages> k(0), v(0);
-  Place<larger(Shape::kBiasWarps, 1)> bias(0);
+  Place<larger(Shape::kBiasWarps, 1)> bias(0);  // or of the part of a stored one
   for (;; work.next(), q.next()) {
     shared.work_ring.full[work.stage].wait(work.parity);
     const TileRecord tile = shared.work[work.stage].tile;
     // With a relative bias it is kept until the unit is done: what is rarely asked for is read again, for want of registers.
     conditional_t<Shape::kRelative, const Work&, const Work> unit = shared.work[work.stage];
     const auto release_unit = [&] { release(shared.work_ring.empty[work.stage]); };
-    StoredBiasRow stored;
-    if constexpr (Shape::kBiasStored) stored = shared.work[work.stage].bias[warpgroup];
     if (!Shape::kRelative) release_unit();
     if (tile.sequence < 0) break;
 
@@ -250,14 +279,23 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         times[half] = static_cast<uint32_t>(query_time(8 * half));
     }
     BiasValues<Shape::kKeys / 2, Shape::kBiasAhead> values;
+    StoredBias<Shape::kBiasStored ? Shape::kKeys : 0> stored;
+    // Before the products are issued: loads behind them would wait until the tensor cores take those up.
+    const auto read_stored_bias = [&] {
+      if constexpr (Shape::kBiasStored) {
+        shared.stored_bias.rings[warpgroup].full[0].wait(bias.parity);
+        keep_accesses();
+        stored.read(shared.stored_bias.tiles[warpgroup], lane);
+        release_read(shared.stored_bias.rings[warpgroup].empty[0], stored.some_bits());
+        bias.next();
+      }
+    };
     const auto read_bias = [&] {  // beside the products that give the scores
       if constexpr (Shape::kRelative) {
         shared.bias.ring.full[bias.stage].wait(bias.parity);
         values.read(shared.bias.tiles[bias.stage], fixed_row, lane.column());
       }
     };
-    StoredBias<Shape::kBiasStored ? Shape::kKeys : 0> loaded;
-    if (Shape::kBiasStored && count > 0) loaded.load(stored, ranges.tile(0), lane);
     const auto to_weights = [&](auto& scores, int n) {
       const int j0 = ranges.tile(n) * Shape::kKeys;
       if constexpr (Shape::kRelative) {
@@ -267,8 +305,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         release(shared.bias.ring.empty[bias.stage]);
         bias.next();
       } else if constexpr (Shape::kBiasStored) {
-        loaded.add_to(scores, p.common.half_alpha);
-        if (n + 1 < count) loaded.load(stored, ranges.tile(n + 1), lane);
+        stored.add_to(scores, p.common.half_alpha);
       } else if constexpr (Shape::kBias == Bias::kDense) {
         add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, unit.head,
                              tile.first + 64 * warpgroup + lane.row(), j0 + lane.column(), tile.queries, tile.keys);
@@ -285,6 +322,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
       {
         Tensor scores = partition_fragment_C(score_mma, Extent<Shape::kQueries, Shape::kKeys>{});
         shared.k_ring.full[k.stage].wait(k.parity);
+        read_stored_bias();
         turns.wait();
         issue_product<true>(score_mma, q_tile(_, _, _, q.stage), k_tile(_, _, _, k.stage), scores);
         turns.pass();
@@ -299,6 +337,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
       for (int n = 1; n < count; ++n) {
         Tensor scores = partition_fragment_C(score_mma, Extent<Shape::kQueries, Shape::kKeys>{});
         shared.k_ring.full[k.stage].wait(k.parity);
+        read_stored_bias();
         turns.wait();
         issue_product<true>(score_mma, q_tile(_, _, _, q.stage), k_tile(_, _, _, k.stage), scores);
         shared.v_ring.full[v.stage].wait(v.parity);
@@ -333,6 +372,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __grid_constant__ typename Shape::Params p) {
   if constexpr (Shape::kLeftOver) {
+    wait_for_kernel_before();
     if (p.bias.store.left != nullptr && *p.bias.store.left == 0) return;
   }
   GENREC_SHARED_MEMORY(memory);
@@ -342,17 +382,27 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
     shared.q_ring.init(kReaders);
     shared.k_ring.init(kReaders);
     shared.v_ring.init(kReaders);
-    shared.work_ring.init(kReaders + Shape::kBiasWarps);
+    shared.work_ring.init(kReaders + Shape::kBiasWarps + Shape::kBiasStored);
     if constexpr (Shape::kRelative) shared.bias.ring.init_between_warps(kReaders);
+    if constexpr (Shape::kBiasStored) {
+      for (Ring<1>& ring : shared.stored_bias.rings) ring.init(kArrivalsPerWarpgroup);
+    }
     fence_new_barriers();
     for (const CUtensorMap* map : {&p.q, &p.k, &p.v}) prefetch_map(*map);
   }
   if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias, 0.5f);
   sync_block(Shape::kThreads);
+  if constexpr (Shape::kBiasStored) {
+    wait_for_kernel_before();
+    let_next_kernel_start();
+  }
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) forward_produce<Shape>(p, shared);
+    if constexpr (Shape::kBiasStored) {
+      if (threadIdx.x == 32) forward_load_bias<Shape>(p, shared);
+    }
     if constexpr (Shape::kRelative) {
       const int warp = uniform(threadIdx.x / 32);
       if (warp > 0) forward_prepare_bias<Shape>(p, shared, warp - 1);

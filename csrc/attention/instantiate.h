@@ -24,13 +24,20 @@ typename Shape::Params params_of(const Base& base, const BiasParams& bias) {
   return params;
 }
 
+// kBehind: the kernel starts while the one before it in the stream, which is one of ours, ends, and waits for it
+// (wait_for_kernel_before) before it reads or writes what others do.
+enum class Start { kAlone, kBehind };
+
 template <class Kernel, class Params>
 cudaError_t launch_kernel(Kernel kernel, const Params& params, int blocks, int threads, size_t shared,
-                          cudaStream_t stream) {
+                          cudaStream_t stream, Start start = Start::kAlone) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error != cudaSuccess) return error;
-  kernel<<<blocks, threads, shared, stream>>>(params);
-  return cudaGetLastError();
+  cudaLaunchAttribute behind{};
+  behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  behind.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{dim3(blocks), dim3(threads), shared, stream, &behind, start == Start::kBehind};
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace genrec::attention

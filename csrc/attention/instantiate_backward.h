@@ -11,26 +11,34 @@
 namespace genrec::attention {
 
 template <class Shape>
-cudaError_t launch_backward(const BackwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
+cudaError_t launch_backward(const BackwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream,
+                            Start start = Start::kAlone) {
   return launch_kernel(backward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
-                       sizeof(typename Shape::Shared), stream);
+                       sizeof(typename Shape::Shared), stream, start);
 }
 
 template <int kThreads>
 cudaError_t sum_tables(const SumParams& params, cudaStream_t stream) {
-  sum_tables_kernel<kThreads><<<divide_up(params.entries, 32), kThreads, kThreads * sizeof(float), stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel(sum_tables_kernel<kThreads>, params, divide_up(params.entries, 32), kThreads,
+                       kThreads * sizeof(float), stream, Start::kBehind);
 }
 
 template <class Shape, bool kByWarps>
 cudaError_t convert_dq(const ConvertParams& params, int blocks, cudaStream_t stream) {
-  convert_dq_kernel<Shape, kByWarps><<<blocks, 256, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel(convert_dq_kernel<Shape, kByWarps>, params, blocks, 256, 0, stream, Start::kBehind);
+}
+
+// What is left over: sequences without a place in memory. Their sums of dQ start from zero.
+template <class Shape>
+cudaError_t launch_left_over(const BackwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
+  const cudaError_t error = launch_kernel(clear_dq_kernel<Shape>, params, 4 * blocks, 256, 0, stream, Start::kBehind);
+  return error != cudaSuccess ? error : launch_backward<Shape>(params, bias, blocks, stream, Start::kBehind);
 }
 
 template <class Shape, class Kernel>
-cudaError_t launch_plain(Kernel kernel, const BackwardParams& params, int blocks, cudaStream_t stream) {
-  return launch_kernel(kernel, params, blocks, Shape::kThreads, sizeof(typename Shape::Shared), stream);
+cudaError_t launch_plain(Kernel kernel, const BackwardParams& params, int blocks, cudaStream_t stream,
+                         Start start = Start::kAlone) {
+  return launch_kernel(kernel, params, blocks, Shape::kThreads, sizeof(typename Shape::Shared), stream, start);
 }
 
 constexpr bool kGather_none = false, kGather_gathered = true, kGather_relative = true, kGather_dense = true;
@@ -100,9 +108,8 @@ struct StoringBackward {
                            sizeof(typename Keys::Shared), stream);
     if (pass == 1)
       return launch_kernel(stored_sums_kernel<Stored>, params_of<Stored>(params, bias), blocks, Stored::kThreads,
-                           sizeof(typename Stored::Shared), stream);
-    clear_dq_kernel<LeftOver><<<4 * blocks, 256, 0, stream>>>(params);
-    return launch_backward<LeftOver>(params, bias, blocks, stream);
+                           sizeof(typename Stored::Shared), stream, Start::kBehind);
+    return launch_left_over<LeftOver>(params, bias, blocks, stream);
   }
 };
 
@@ -140,15 +147,16 @@ struct WideStoringBackward {
       return launch_kernel(pipelined_backward_kernel<Keys, RelayConsumer<Keys>>,
                            typename Keys::Params{params, bias.relative.store}, blocks, Keys::kThreads,
                            sizeof(typename Keys::Shared), stream);
-    if (pass == kGiveQueries) return launch_plain<Stored>(stored_kernel<Stored>, params, blocks, stream);
+    if (pass == kGiveQueries)
+      return launch_plain<Stored>(stored_kernel<Stored>, params, blocks, stream, Start::kBehind);
     if (pass == kSumTables) {
       const auto all = params_of<Sums>(params, bias);
       if (all.bias.position_sums == nullptr && all.bias.time_sums == nullptr) return cudaSuccess;
-      return launch_kernel(table_sums_kernel<Sums>, all, blocks, Sums::kThreads, sizeof(typename Sums::Shared), stream);
+      return launch_kernel(table_sums_kernel<Sums>, all, blocks, Sums::kThreads, sizeof(typename Sums::Shared), stream,
+                           Start::kBehind);
     }
-    if (pass == kGiveLeftOverValues) return launch_backward<LeftOverValues>(params, bias, blocks, stream);
-    clear_dq_kernel<LeftOver><<<4 * blocks, 256, 0, stream>>>(params);
-    return launch_backward<LeftOver>(params, bias, blocks, stream);
+    if (pass == kGiveLeftOverValues) return launch_backward<LeftOverValues>(params, bias, blocks, stream, Start::kBehind);
+    return launch_left_over<LeftOver>(params, bias, blocks, stream);
   }
 };
 

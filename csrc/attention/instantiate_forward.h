@@ -8,8 +8,9 @@ namespace genrec::attention {
 
 template <class Shape>
 cudaError_t launch_forward(const ForwardParams& params, const BiasParams& bias, int blocks, cudaStream_t stream) {
+  constexpr Start kStart = Shape::kBiasStored || Shape::kLeftOver ? Start::kBehind : Start::kAlone;
   return launch_kernel(forward_kernel<Shape>, params_of<Shape>(params, bias), blocks, Shape::kThreads,
-                       sizeof(typename Shape::Shared), stream);
+                       sizeof(typename Shape::Shared), stream, kStart);
 }
 
 template <class Element, int D, bool kCausal, Bias kBias>
@@ -18,8 +19,8 @@ ForwardInstance forward_instance(const char* dtype) {
   ForwardInstance one{dtype, D, kCausal, kBias, {Shape::kQueries, Shape::kKeys}, nullptr};
   if constexpr (Shape::kLeftOver) {
     using Stored = ForwardShape<Element, D, kCausal, kBias, true>;
-    static_assert(Stored::kQueries == Shape::kQueries && Stored::kKeys == Shape::kKeys, "one list, one set of boxes");
-    one.blocks.bias_stored = true;
+    static_assert(Stored::kKeys == Shape::kKeys, "one set of boxes");
+    one.blocks.stored_queries = Stored::kQueries;
     one.launch = [](const ForwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
       return pass == 0 ? launch_forward<Stored>(params, bias, blocks, stream)
                        : launch_forward<Shape>(params, bias, blocks, stream);

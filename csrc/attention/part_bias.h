@@ -43,9 +43,12 @@ struct PartBias {
   }
 
   // Rows become keys. Not where words are read: that would wait for them.
-  __device__ void transpose() {
+  __device__ void transpose() { *this = transposed(); }
+  __device__ PartBias transposed() const {
+    PartBias other;
     CUTE_UNROLL
-    for (uint32_t& word : words) word = transposed_matrix(word);
+    for (int i = 0; i < 4 * kSixteens; ++i) other.words[i] = transposed_matrix(words[i]);
+    return other;
   }
 
   template <class Scores>
@@ -53,5 +56,16 @@ struct PartBias {
     return {scores, *this, half_alpha};
   }
 };
+
+// Where the bias of a tile's first step lies, of its first 64 keys or its second.
+template <class Shape>
+__device__ inline int first_bias(const typename Shape::Params& p, const TileRecord& tile, int second) {
+  using Parts = typename Shape::Parts;
+  const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
+  const int m = mask.query_tiles(tile.first, tile.first + Shape::kKeys, Shape::kQueries, tile.queries).tile(0);
+  const CellPlaces places(p.bias, stored_sequence(tile, mask), tile.sequence, 0, 1);
+  const int column = tile.first / kCellKeys, further = column + second;
+  return static_cast<int>(places.part<Parts>(m, further < places.sequence.width(m / Parts::kCount) ? further : column));
+}
 
 }  // namespace genrec::attention

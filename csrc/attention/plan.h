@@ -13,7 +13,8 @@ enum PlanList : int {
   kBiasedKeys = 3,
   kBiasedQueries = 4,
   kStoredQueries = 5,  // of sequences whose dS is kept in memory
-  kPlanLists = 6
+  kStoredForward = 6,  // units of the forward pass over a bias in memory
+  kPlanLists = 7
 };
 
 constexpr int64_t kPlanHeaderBytes = 64;

@@ -245,7 +245,11 @@ namespace genrec::attention {
 using FullBarrier = emulator::Barrier;
 using EmptyBarrier = emulator::Barrier;
 
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel_before() {}
 inline void fence_new_barriers() {}
+inline void keep_accesses() {}
+inline uint32_t unknown_zero() { return 0; }
 inline void fence_shared_writes() {}
 inline void fence_global() {}
 inline void keep_order() {}
@@ -353,6 +357,7 @@ void load_box(const CUtensorMap& map, FullBarrier& full, Element* to, int column
   });
 }
 
+template <bool kOnce = true>
 inline void copy_in_bulk(void* to, const void* from, int bytes, FullBarrier& full) {
   FullBarrier* barrier = &full;
   emulator::copies.push_back([=] {

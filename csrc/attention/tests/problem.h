@@ -309,30 +309,33 @@ struct FilledBias {
   }
 };
 
-// The passes of a relative bias at D = 128, the bias of the first `stored` sequences in memory.
+// The passes of a relative bias from D = 64 on, the bias of the first `stored` sequences in memory.
 template <bool kCausal>
 bool storing_forward(const Problem& problem, size_t stored) {
   using Stored = ForwardShape<Element, D, kCausal, Bias::kRelative, true>;
   using LeftOver = ForwardShape<Element, D, kCausal, Bias::kRelative>;
-  const List list(problem.batch(), ListKind::kQueries, Stored::kQueries);
+  const List units(problem.batch(), ListKind::kQueries, Stored::kQueries);
+  const List list(problem.batch(), ListKind::kQueries, LeftOver::kQueries);
   Matrix out(problem.q.rows, problem.c.heads, problem.c.v_dim, true);
   Store places(problem, stored);
   FilledBias filled(places);
   bool ran = filled.fill(problem);
   int counters[2] = {0, 0};
-  ForwardParams base{problem.q.map(), problem.k.map(), problem.v.map(), problem.common(&counters[0]), list.list(),
+  ForwardParams base{problem.q.map(), problem.k.map(), problem.v.map(), problem.common(&counters[0]), units.list(),
                      out.output()};
   auto first = problem.with_bias<Stored>(base);
-  base.common.counter = &counters[1];
+  base.common.counter = &counters[1], base.list = list.list();
   auto second = problem.with_bias<LeftOver>(base);
   first.bias.store = second.bias.store = filled.store();
-  ran = emulator::launch(problem.c.blocks, Stored::kThreads, sizeof(typename Stored::Shared),
+  const int blocks = problem.c.blocks;
+  ran = emulator::launch(blocks, Stored::kThreads, sizeof(typename Stored::Shared),
                          [&] { forward_kernel<Stored>(first); }) && ran;
-  ran = emulator::launch(problem.c.blocks, LeftOver::kThreads, sizeof(typename LeftOver::Shared),
+  ran = emulator::launch(blocks, LeftOver::kThreads, sizeof(typename LeftOver::Shared),
                          [&] { forward_kernel<LeftOver>(second); }) && ran;
   const double off = error(out.data, problem.out);
   std::printf("%s, D = %d, forward%s by a stored bias: %s, out %.1e, bias of %zu sequences kept\n", problem.c.name, D,
-              kCausal ? ", causal," : "", ran ? "ran" : "hung", off, problem.c.sequences.size() - places.left);
+              kCausal ? ", causal," : "", ran ? "ran" : "hung", off,
+              problem.c.sequences.size() - places.left);
   return ran && off < 0.005;
 }
 

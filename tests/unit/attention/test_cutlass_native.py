@@ -178,26 +178,28 @@ def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes
     rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128, 192)}
     long = {size: rows // size + 3 for size in (64, 128, 192)}
     # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too;
-    # 192 queries where dS is in memory, as with a relative bias, with a place for each sequence's.
+    # with a relative bias 128 queries forward as well, 192 where dS or the bias is in memory, and a place for each
+    # sequence's.
     problem = _problem(query_rows=rows, key_rows=rows)
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64] + long[192]) + 12
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * long[128] + long[64] + long[192]) + 12
     # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
     assert (
-        binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64] + short[192]) + 12
+        binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (5 * short[128] + short[64] + short[192]) + 12
     )
     # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; dS in memory without one.
     problem = _problem(qk_dim=256, v_dim=256)
     assert (
         binding.call("plan_bytes", ctypes.byref(problem))
-        == 64 + 32 * (3 * short[128] + 2 * short[64] + short[192]) + 12
+        == 64 + 32 * (4 * short[128] + 2 * short[64] + short[192]) + 12
     )
-    # D = 64 keeps no dS.
-    problem = _problem(qk_dim=64, v_dim=64)
-    assert (binding.call("plan_bytes", ctypes.byref(problem)) - 64) % 32 == 0
+    # D = 64 keeps a relative bias forward, D = 32 nothing.
+    for dim, places in ((64, 12), (32, 0)):
+        problem = _problem(qk_dim=dim, v_dim=dim)
+        assert (binding.call("plan_bytes", ctypes.byref(problem)) - 64 - places) % 32 == 0
 
 
 def test_memory_of_a_relative_bias(library: ctypes.CDLL) -> None:
-    """Forward at D = 128 it lies in memory once for all heads: fp16 in cells of 192 queries and 64 keys."""
+    """Forward it lies in memory once for all heads: fp16 in cells of 192 queries and 64 keys."""
     needed = {}
     for heads in (1, 4):
         problem = _problem(heads=heads, sequences=2, query_rows=2 * 384, key_rows=2 * 384)
@@ -220,7 +222,10 @@ def test_a_relative_bias_is_kept_for_the_backward_pass(library: ctypes.CDLL) -> 
     kept = _kept(problem)
     assert kept == 3 * 9 * 192 * 64 * 2
     assert _workspace(problem, kept=1) == 64
-    problem.qk_dim = problem.v_dim = 64
+    problem.qk_dim = problem.v_dim = 256
+    assert _kept(problem) == kept
+    problem.qk_dim = problem.v_dim = 64  # the backward pass computes it
+    assert _workspace(problem) == 128 + kept
     assert _kept(problem) == 0
     good = binding.Matrix(4096, 512, 128)
     with pytest.raises(RuntimeError, match="memory was given to keep a bias in, where none is kept"):
