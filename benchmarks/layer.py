@@ -275,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f"dropout {options.dropout}")  # fmt: skip
     fine = options.no_parity or all([parity(), parity_of_tokens()])
     print(f"{'form':<11} {'backend':<7} {'recompute':<15} {'matrix products, ms':>24} "
-          f"{'without attention, ms':>26} {'outside':>7} {'layer, ms':>26} {'TFLOP/s':>8} {'outside':>8} {'peak GiB':>9}")  # fmt: skip
+          f"{'without attention, ms':>26} {'outside':>7} {'layer, ms':>26} {'TFLOP/s':>8} {'outside':>8} "
+          f"{'peak GiB':>9}")  # fmt: skip
     for form in [options.form] if options.form else ["gated"] if options.quick else list(FORMS):
         measure(form, options)
     print("fused:", "; ".join(layer_backends_used().get("triton", [])))

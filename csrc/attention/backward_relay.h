@@ -114,6 +114,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     using StepBias = conditional_t<Shape::kReadsBias, PartBias<Parts>, NoPartBias>;
     StepBias read;  // the next scores', before blocks are transposed
     Stage at = q;  // of the scores; q: of the products with P
+    const auto await_gradients = [&] { shared.d_out_ring.full[q.stage].wait(q.parity); };
     const auto add_values = [&] {
       issue_product<false>(out_mma, weights, d_out_columns(_, _, _, q.stage), dv);
     };
@@ -129,7 +130,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       // Reads and waits that stand behind products take as long as the tensor cores need to take those up.
       shared.q_ring.full[at.stage].wait(at.parity);
       const StepRecord record = this->record(at);
-      if constexpr (kBefore) shared.d_out_ring.full[q.stage].wait(q.parity);
+      if constexpr (kBefore) await_gradients();
       StepBias bias;
       if constexpr (Shape::kReadsBias) {
         bias = read.transposed();
@@ -166,7 +167,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       CUTE_NO_UNROLL
       for (; count > 1; --count) step(true_type{});
       release(shared.k_ring.empty[keys.stage]);
-      shared.d_out_ring.full[q.stage].wait(q.parity);
+      await_gradients();
       add_values();
       finish_values();
     } else {
@@ -188,6 +189,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
     clear(dk);
     auto ds = make_operand<Element, kQueries>();
     Stage at = q;  // of dP; q: of the products with dS
+    const auto await_queries = [&] { shared.q_ring.full[q.stage].wait(q.parity); };
     const auto add_keys = [&] {
       issue_product<false>(out_mma, ds, q_columns(_, _, _, q.stage), dk);
     };
@@ -201,7 +203,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       constexpr bool kBefore = decltype(has_before)::value;
       Tensor d_weights = partition_fragment_C(score_mma, Extent<kKeys, kQueries>{});
       shared.d_out_ring.full[at.stage].wait(at.parity);
-      if constexpr (kBefore) shared.q_ring.full[q.stage].wait(q.parity);
+      if constexpr (kBefore) await_queries();
       issue_product<true>(score_mma, v_tile(_, _, _, values.stage), d_out_tile(_, _, _, at.stage), d_weights);
       if constexpr (kBefore) add_keys();
       const Slopes slopes = read_slopes();
@@ -225,7 +227,7 @@ struct RelayConsumer : PipelinedLoop<Shape, RelayConsumer<Shape>> {
       CUTE_NO_UNROLL
       for (; count > 1; --count) step(true_type{});
       release(shared.v_ring.empty[values.stage]);
-      shared.q_ring.full[q.stage].wait(q.parity);
+      await_queries();
       add_keys();
       finish_keys();
     } else {
