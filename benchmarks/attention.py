@@ -11,11 +11,12 @@ A point is heads x dim, a length S, and a kind of batch: full (all sequences of 
 lengths up to S), candidates (full, S / 8 targets and 4 contexts); with or without the relative position and time bias.
 Batches have about 128 k tokens. q, k, v are views of one bf16 projection, as in the layer.
 
-TFLOP/s by the causal convention, the same for all: 2 H S^2 D for a forward pass of a sequence, 2.5 times that backward,
+TFLOP/s by the causal convention, the same for all: 2 H S^2 D for a sequence's forward pass, 2.5 times that backward,
 whatever a kernel really computes. flex_attention gets the same scores and mask; its weights are a softmax, which it
-always takes, and it is compiled anew for each point: 4x128 at two lengths only. With a bias it gives no gradients of
-the tables: PyTorch 2.11 doesn't compile those (CompilationError, "can only unsplat single-element tensors"). Flash
-attention (scaled_dot_product_attention) is causal softmax without bias, full lengths only.
+always takes, and it is compiled anew for each point: 4x128 only, full without a bias at every length, the others at two.
+With a bias it gives no gradients of the tables: PyTorch 2.11 doesn't compile those (CompilationError, "can only unsplat
+single-element tensors"). Flash attention (scaled_dot_product_attention) is causal softmax without bias, full lengths
+only.
 
 A timing is the median of at least five runs in some 0.06 s, after a pause: a burst at the GPU's full clock. Under a
 steady load of such kernels its power limit lowers the clock (benchmarks/layer.py, benchmarks/training_step.py).
@@ -291,7 +292,9 @@ def fits(point: Point, contender: str) -> bool:
     if contender == "flash":
         return point.kind == "full" and not point.bias
     if contender == "flex":
-        return point.kind != "jagged" and (point.heads, point.dim) == (4, 128) and point.length in FLEX_LENGTHS
+        plain = point.kind == "full" and not point.bias
+        shape = (point.heads, point.dim) == (4, 128) and point.kind != "jagged"
+        return shape and (plain or point.length in FLEX_LENGTHS)
     return True
 
 

@@ -153,8 +153,11 @@ def _merge_into(dy: Tensor, du: Tensor | None, dv: Tensor, dq: Tensor, dk: Tenso
     """Fills dy, but for the part of a du that is None, and returns its sums, where that part is not set either."""
     rows, heads, v_dim = dv.shape
     qk_dim = dq.shape[2]
-    more = {} if du is not None else {"programs": 6, "most_stages": 3}  # 0.60 ms in the place of 0.72
-    cut = loop(dv, max(v_dim, qk_dim), heads, (3 if y is None else 6) + (du is not None), 8, 64, **more)
+    width, read = max(v_dim, qk_dim), 3 if y is None else 6
+    if du is None:  # 0.62 ms in the place of 0.72
+        cut = loop(dv, width, heads, read, 16, 32, programs=6, most_stages=3)
+    else:
+        cut = loop(dv, width, heads, read + 1, 8, 64)
     v_columns, qk_columns = tile(v_dim)[1], tile(qk_dim)[1]
     partial = dv.new_empty(cut.programs if sums else 0, dy.shape[1], dtype=torch.float32)
     if dy.numel() == 0:
