@@ -13,7 +13,7 @@ Batches have about 128 k tokens. q, k, v are views of one bf16 projection, as in
 
 TFLOP/s by the causal convention, the same for all: 2 H S^2 D for a sequence's forward pass, 2.5 times that backward,
 whatever a kernel really computes. flex_attention gets the same scores and mask; its weights are a softmax, which it
-always takes, and it is compiled anew for each point: 4x128 only, full without a bias at every length, the others at two.
+always takes, and it is compiled anew for each point: 4x128 only, full without a bias at all lengths, the others at two.
 With a bias it gives no gradients of the tables: PyTorch 2.11 doesn't compile those (CompilationError, "can only unsplat
 single-element tensors"). Flash attention (scaled_dot_product_attention) is causal softmax without bias, full lengths
 only.
