@@ -7,8 +7,8 @@ arrival overtakes it. Where it gives back what that load reads, the buffer may b
 barriers.h). Hand-overs of records of work or of a step are listed as well and are harmless: records are overwritten
 units or steps later.
 
-Goes over each kernel's instructions from first to last, branches left aside, so that a line is a place to look, and reads
-which of six counters a load raises and which an instruction waits for: bits 41 to 61 of the upper half of its 16 bytes
+Goes over each kernel's instructions from first to last, branches left aside, so that a line is a place to look, and
+reads which of six counters a load raises and which an instruction waits for: bits 41 to 61 of the upper half of its 16 bytes
 (stall 4, yield 1, raised 3, raised by reads 3, waited for 6).
 """
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);\s+/\* 0x[0-9a-f]+ \*/\s+/\* (0x[0-9a-f]+) \*/")
@@ -51,7 +52,7 @@ def early_arrivals(code: str) -> Iterator[tuple[str, str, str, list[str]]]:
             for counter in [c for c in loads if waited >> c & 1]:
                 del loads[counter]
             if "SYNCS.ARRIVE" in text and loads:
-                yield name[1], address, text.strip(), sorted(sum(loads.values(), []))
+                yield name[1], address, text.strip(), sorted(chain.from_iterable(loads.values()))
             if re.search(r"\bLDSM?\b", text) and raised != NONE:
                 loads.setdefault(raised, []).append(address)
 
