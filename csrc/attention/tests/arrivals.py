@@ -8,8 +8,8 @@ barriers.h). Hand-overs of records of work or of a step are listed as well and a
 units or steps later.
 
 Goes over each kernel's instructions from first to last, branches left aside, so that a line is a place to look, and
-reads which of six counters a load raises and which an instruction waits for: bits 41 to 61 of the upper half of its 16 bytes
-(stall 4, yield 1, raised 3, raised by reads 3, waited for 6).
+reads which of six counters a load raises and which an instruction waits for: bits 41 to 61 of the upper half of its
+16 bytes (stall 4, yield 1, raised 3, raised by reads 3, waited for 6).
 """
 
 from __future__ import annotations
