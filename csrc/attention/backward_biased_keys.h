@@ -1,7 +1,7 @@
 // The backward kernel with a relative bias for D = 128: dK and dV of sequences whose bias and dS have a place in device
 // memory, and that dS.
 //
-// dQ and the gradients of the tables are sums of dS: another kernel's work (backward_stored.h), that neither holds
+// dQ and the gradients of the tables are sums of dS: another kernel's work (backward_sums.h), that neither holds
 // products up nor shares their registers. What tells the bias of pairs would: it was told before, once for all heads
 // (bias_store.h). What remains is the kernel without a bias (backward_keys.h), whose threads read what they add to their
 // scores straight into registers, a step ahead: shared memory has no time to spare. The bias lies in the order of the

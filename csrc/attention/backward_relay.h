@@ -12,9 +12,9 @@
 // So Q and dO of a step are in use for about two steps, and the loads need a third stage to arrive in time. 48 queries
 // a step make room for it. S and dP cost 28 cycles of shared memory for 24 of products then.
 //
-// With a relative bias the first warpgroup's threads read what they add to their scores straight into registers, as soon as
-// those of the step before are used up: nearly a step ahead. Where it lies is in the record of the step before, since Q
-// of a step comes just in time.
+// With a relative bias the first warpgroup's threads read what they add to their scores straight into registers, a step
+// ahead, before they issue products: reads behind those wait until the tensor cores take them up. Where it lies is in the
+// record of the step before, since Q of a step comes just in time.
 #pragma once
 
 #include "attention/backward_pipelined.h"

@@ -169,8 +169,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) stored_kernel(const __grid
     prefetch_map(p.k);
   }
   sync_block(Shape::kThreads);
-  wait_for_kernel_before();
-  let_next_kernel_start();
+  follow_kernel_before();
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();

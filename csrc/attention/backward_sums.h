@@ -476,8 +476,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) stored_sums_kernel(const _
   }
   if (p.bias.time_sums != nullptr) fill_buckets<Shape::kThreads>(shared.buckets, p.bias, 1.f);
   sync_block(Shape::kThreads);
-  wait_for_kernel_before();
-  let_next_kernel_start();
+  follow_kernel_before();
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();

@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) table_sums_kernel(const __
   }
   if (p.bias.time_sums != nullptr) fill_buckets<Shape::kThreads>(shared.buckets, p.bias, 1.f);
   sync_block(Shape::kThreads);
-  wait_for_kernel_before();
-  let_next_kernel_start();
+  follow_kernel_before();
   const int warp = uniform(threadIdx.x / 32), summing = warp - 1 - Shape::kPreparers;
   if (warp == 0) {
     if (threadIdx.x == 0) table_sums_produce<Shape>(p, shared);

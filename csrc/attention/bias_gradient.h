@@ -102,8 +102,7 @@ constexpr int kSumThreads = 256;
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) sum_tables_kernel(const SumParams p) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
+  follow_kernel_before();
   GENREC_SHARED_MEMORY(memory);
   float(*parts)[32] = reinterpret_cast<float(*)[32]>(memory);
   constexpr int kWarps = kThreads / 32;

@@ -27,6 +27,10 @@ using EmptyBarrier = cutlass::arch::ClusterBarrier;
 // wait, whatever else they do: a block that ends sooner would let the next kernel believe that all is done.
 __device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void follow_kernel_before() {
+  wait_for_kernel_before();
+  let_next_kernel_start();
+}
 
 // New barriers become visible to the copy engine.
 __device__ inline void fence_new_barriers() { cutlass::arch::fence_barrier_init(); }

@@ -8,8 +8,7 @@ namespace genrec::attention {
 // kByWarps: the sums' order is that of add_dq_in_bulk.
 template <class Shape, bool kByWarps = false>
 __global__ void __launch_bounds__(256) convert_dq_kernel(const ConvertParams p) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
+  follow_kernel_before();
   if (p.store.left != nullptr && *p.store.left == 0) return;
   constexpr int kQueries = Shape::kQueries, kSize = kQueries * Shape::D / 256;
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, heads = p.common.heads;
@@ -40,8 +39,7 @@ __global__ void __launch_bounds__(256) convert_dq_kernel(const ConvertParams p) 
 // nothing to do, and no host knows.
 template <class Shape>
 __global__ void __launch_bounds__(256) clear_dq_kernel(const BackwardParams p) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
+  follow_kernel_before();
   if (*p.store.left == 0) return;
   constexpr int kQueries = Shape::kQueries, kEach = Shape::kKeys / kQueries;
   const int heads = p.common.heads, units = *p.list.length * heads;

@@ -7,7 +7,7 @@
 // another's products. With a relative bias the first warpgroup's other three warps prepare the bias of key tiles by
 // turns (bias.h): one alone waits for memory longer than the products take. From D = 64 on that is for sequences that
 // are left over: the others' bias is in memory (bias_store.h), and the copy engine brings each warpgroup's part of a tile
-// to shared memory. Loads by the threads that need it took longer: they pass through what products need most.
+// to shared memory. Loads by the threads that need it took longer.
 #pragma once
 
 #include "attention/barriers.h"
@@ -392,10 +392,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward_kernel(const __gri
   }
   if constexpr (Shape::kRelative) fill_buckets<Shape::kThreads>(shared.bias.buckets, p.bias, 0.5f);
   sync_block(Shape::kThreads);
-  if constexpr (Shape::kBiasStored) {
-    wait_for_kernel_before();
-    let_next_kernel_start();
-  }
+  if constexpr (Shape::kBiasStored) follow_kernel_before();
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<Shape::kProducerRegisters>();

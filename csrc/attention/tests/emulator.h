@@ -247,6 +247,7 @@ using EmptyBarrier = emulator::Barrier;
 
 inline void let_next_kernel_start() {}
 inline void wait_for_kernel_before() {}
+inline void follow_kernel_before() {}
 inline void fence_new_barriers() {}
 inline void keep_accesses() {}
 inline uint32_t unknown_zero() { return 0; }
