@@ -97,7 +97,8 @@ template <class Element, int D, bool kCausal>
 struct StoringBackward {
   using Keys = BiasedKeysShape<Element, kCausal>;
   using Stored = StoredSumsShape<Element, D, kCausal, typename Keys::Parts>;
-  using LeftOver = BackwardShape<Element, D, kCausal, Part::kAll, Bias::kRelative>;
+  // For any mask: with the causal one's own ptxas serializes its products.
+  using LeftOver = BackwardShape<Element, D, false, Part::kAll, Bias::kRelative>;
   static constexpr int kStoredTables = Stored::kCopies;  // of the tables' gradients, in a block of the second pass
 
   static cudaError_t launch(const BackwardParams& params, const BiasParams& bias, int pass, int blocks,

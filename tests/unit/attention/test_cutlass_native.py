@@ -227,6 +227,10 @@ def test_a_relative_bias_is_kept_for_the_backward_pass(library: ctypes.CDLL) -> 
     problem.qk_dim = problem.v_dim = 64  # the backward pass computes it
     assert _workspace(problem) == 128 + kept
     assert _kept(problem) == 0
+    long = _problem(sequences=2, query_rows=2 * 8192, key_rows=2 * 8192)  # computed where it is added
+    long.bias.kind = 1
+    assert _kept(long) == 0
+    assert _workspace(long) == 64
     good = binding.Matrix(4096, 512, 128)
     with pytest.raises(RuntimeError, match="memory was given to keep a bias in, where none is kept"):
         binding.call("forward", ctypes.byref(problem), 64, 64, 64, good, good, good, good, None)
