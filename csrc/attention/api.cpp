@@ -66,7 +66,7 @@ bool serves(const BackwardInstance& one, const genrec_attention_problem& p) {
 constexpr int64_t kStoredMean = 8192;
 
 bool stores_bias(const ForwardInstance& one, const genrec_attention_problem& p) {
-  return one.blocks.stores_bias() && p.key_rows < kStoredMean * p.sequences;
+  return one.blocks.stores_bias && p.key_rows < kStoredMean * p.sequences;
 }
 
 // The smallest instance that holds the dims. The general mask covers the causal one.
@@ -204,10 +204,8 @@ PlanShape plan_shape(const genrec_attention_problem& p) {
   const ForwardInstance& forward = *find(kForward, p, Bias::kNone);
   const BackwardInstance& backward = *find(kBackward, p, Bias::kNone);
   const int stored_rows = stored_rows_of(p);
-  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows, 0},
+  PlanShape shape{{forward.blocks.queries, backward.blocks.keys, backward.blocks.listed_queries(), 0, 0, stored_rows},
                   {}, p.sequences, stored_rows > 0 ? stored_cells(p) : 0};
-  const ForwardInstance* stored = find(kForward, p, Bias::kRelative);
-  if (stored != nullptr && stores_bias(*stored, p)) shape.size[kStoredForward] = stored->blocks.stored_queries;
   const BackwardInstance* biased = find_biased(p);
   if (biased != nullptr && !same_tiles(*biased, backward)) {
     shape.size[kBiasedKeys] = biased->blocks.keys;
@@ -474,8 +472,7 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   ForwardParams params{};
   int most = 0;
   const bool stored = stores_bias(one, p);
-  const auto encode_queries = [&](int box) { return encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, box); };
-  if (encode_queries(stored ? one.blocks.stored_queries : one.blocks.queries) != 0 ||
+  if (encode(&params.q, "q", p, q, p.query_rows, p.qk_dim, one.dim, one.blocks.queries) != 0 ||
       encode(&params.k, "k", p, k, p.key_rows, p.qk_dim, one.dim, one.blocks.keys) != 0 ||
       encode(&params.v, "v", p, v, p.key_rows, p.v_dim, one.dim, one.blocks.keys) != 0 || multiprocessors(&most) != 0)
     return -1;
@@ -486,10 +483,10 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
   if (error != cudaSuccess) return fail("cudaMemsetAsync", error);
   params.out = output(out, p.v_dim);
   BiasParams bias = bias_params(p.bias);
-  const auto pass = [&](int number, int list) -> int32_t {
+  params.list = shape.list(plan, kForwardQueries);
+  const auto pass = [&](int number) -> int32_t {
     params.common = common(p, counters + number);
-    params.list = shape.list(plan, list);
-    error = one.launch(params, bias, number, blocks_for(shape.capacity[list], p.heads, most), on);
+    error = one.launch(params, bias, number, blocks_for(shape.capacity[kForwardQueries], p.heads, most), on);
     return error == cudaSuccess ? 0 : fail("forward_kernel", error);
   };
   if (stored) {
@@ -497,10 +494,9 @@ int32_t genrec_attention_forward(const genrec_attention_problem* problem, const 
     bias.relative.store = {data, shape.places(plan), shape.without_place(plan)};
     error = fill_bias(bias.relative, shape.list(plan, kStoredQueries), mask_rule(p), counters + 2, most, on);
     if (error != cudaSuccess) return fail("fill_bias_kernel", error);
-    if (pass(0, kStoredForward) != 0) return -1;
-    if (one.blocks.stored_queries != one.blocks.queries && encode_queries(one.blocks.queries) != 0) return -1;
+    if (pass(0) != 0) return -1;
   }
-  return pass(one.blocks.stores_bias(), kForwardQueries);
+  return pass(one.blocks.stores_bias);
 }
 
 int32_t genrec_attention_backward(const genrec_attention_problem* problem, const void* plan, void* workspace,

@@ -47,25 +47,51 @@ struct StoredShape {
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
 
-// dS of one tile of keys. Parts that the pass before did not visit, since nothing in them is seen, are zeros.
-template <class Shape, class Mask>
-__device__ inline void load_cell(const BackwardParams& p, const TileRecord& tile, const Mask& mask,
-                                 const CellPlaces& places, bool all_seen, int first, FullBarrier& full,
-                                 typename Shape::Element* to) {
+// Which keys a unit's queries see.
+template <class Shape>
+struct UnitSight {
+  using Mask = SequenceMask<Shape::kCausal>;
+  const Mask mask;
+  const TileRanges ranges;
+  const RowBand band;
+  const bool whole;
+
+  __device__ UnitSight(const Common& common, const TileRecord& tile)
+      : UnitSight(Mask(tile.keys, tile.contexts, tile.targets, common.rule), tile.first + tile.keys - tile.queries) {}
+
+  // Which parts of the cell of keys from `key` on see any of them, as bits.
+  __device__ int parts(const TileRecord& tile, int key) const {
+    constexpr int kCount = Shape::Parts::kCount;
+    if (whole && band.all_see(key, key + Shape::kKeys)) return (1 << kCount) - 1;
+    const TileRanges seeing = mask.query_tiles(key, key + Shape::kKeys, Shape::Parts::kRows, tile.queries);
+    int parts = 0;
+    for (int part = 0; part < kCount; ++part) {
+      const int m = tile.first / Shape::Parts::kRows + part;
+      parts |= (seeing.rank(m) < seeing.rank(m + 1)) << part;
+    }
+    return parts;
+  }
+
+ private:
+  __device__ UnitSight(const Mask& of, int i0)
+      : mask(of), ranges(of.key_tiles(i0, smaller(i0 + Shape::kQueries, of.keys), Shape::kKeys)),
+        band(of.rows(i0, smaller(i0 + Shape::kQueries, of.keys))), whole(i0 + Shape::kQueries <= of.keys) {}
+};
+
+// dS of a cell. Parts that nothing is seen of are zeros: the pass before need not have visited them.
+template <class Shape>
+__device__ inline void load_parts(const BackwardParams& p, int64_t cell, int parts, FullBarrier& full,
+                                  typename Shape::Element* to) {
   using Element = typename Shape::Element;
   using Parts = typename Shape::Parts;
-  const int row = tile.first / Shape::kQueries, column = first / Shape::kKeys;
-  const Element* from = static_cast<const Element*>(p.store.data) + places.cell(row, column) * kCellElements;
-  if (all_seen) {
+  const Element* from = static_cast<const Element*>(p.store.data) + cell * kCellElements;
+  if (parts == (1 << Parts::kCount) - 1) {
     copy_in_bulk(to, from, kCellElements * sizeof(Element), full);
     return;
   }
-  const TileRanges visited = mask.query_tiles(first, first + Shape::kKeys, Parts::kRows, tile.queries);
   for (int part = 0; part < Parts::kCount; ++part) {
-    const int m = row * Parts::kCount + part;
-    const bool there = visited.rank(m) < visited.rank(m + 1);
     copy_in_bulk(to + part * Parts::kElements,
-                 there ? from + part * Parts::kElements : static_cast<const Element*>(p.store.zeros),
+                 parts >> part & 1 ? from + part * Parts::kElements : static_cast<const Element*>(p.store.zeros),
                  Parts::kElements * sizeof(Element), full);
   }
 }
@@ -88,24 +114,19 @@ __device__ inline void stored_produce(const BackwardParams& p, typename Shape::S
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
     w = add_atomically(p.common.counter, 1);
-    const SequenceMask<Shape::kCausal> mask(tile.keys, tile.contexts, tile.targets, p.common.rule);
-    const int i0 = tile.first + tile.keys - tile.queries, i1 = smaller(i0 + Shape::kQueries, tile.keys);
-    const TileRanges ranges = mask.key_tiles(i0, i1, kKeys);
-    const RowBand band = mask.rows(i0, i1);
-    const CellPlaces places(p.store, stored_sequence(tile, mask), tile.sequence, unit.head, heads);
-    const int count = ranges.count();
+    const UnitSight<Shape> sight(p.common, tile);
+    const CellPlaces places(p.store, stored_sequence(tile, sight.mask), tile.sequence, unit.head, heads);
+    const int count = sight.ranges.count();
     shared.work[work.stage] = {tile, unit.head, count};
     shared.work_ring.full[work.stage].arrive();
-    const bool whole = i1 == i0 + Shape::kQueries;
     CUTE_NO_UNROLL
     for (int n = 0; n < count; ++n, at.next()) {
-      const int first = ranges.tile(n) * kKeys;
+      const int key = sight.ranges.tile(n) * kKeys, parts = sight.parts(tile, key);
       FullBarrier& full = shared.ring.full[at.stage];
       shared.ring.empty[at.stage].wait(at.parity);
       full.arrive_and_expect_tx(kTileBytes<Element, kKeys, D> + kCellElements * sizeof(Element));
-      load_cell<Shape>(p, tile, mask, places, whole && band.all_see(first, first + kKeys), first, full,
-                       shared.ds[at.stage]);
-      load_tile<Element, kKeys, D, kBoxRows>(p.k, full, shared.k[at.stage], tile.key_start + first, unit.head);
+      load_parts<Shape>(p, places.cell(tile.first / Shape::kQueries, key / kKeys), parts, full, shared.ds[at.stage]);
+      load_tile<Element, kKeys, D, kBoxRows>(p.k, full, shared.k[at.stage], tile.key_start + key, unit.head);
     }
   }
 }

@@ -117,55 +117,6 @@ struct StoredUnits {
 template <class Shape>
 constexpr int kEndSteps = divide_up(Shape::kSummingWarps, Shape::Parts::kCount);
 
-// Which keys a unit's queries see.
-template <class Shape>
-struct UnitSight {
-  using Mask = SequenceMask<Shape::kCausal>;
-  const Mask mask;
-  const TileRanges ranges;
-  const RowBand band;
-  const bool whole;
-
-  __device__ UnitSight(const Common& common, const TileRecord& tile)
-      : UnitSight(Mask(tile.keys, tile.contexts, tile.targets, common.rule), tile.first + tile.keys - tile.queries) {}
-
-  // Which parts of the cell of keys from `key` on see any of them, as bits.
-  __device__ int parts(const TileRecord& tile, int key) const {
-    constexpr int kCount = Shape::Parts::kCount;
-    if (whole && band.all_see(key, key + Shape::kKeys)) return (1 << kCount) - 1;
-    const TileRanges seeing = mask.query_tiles(key, key + Shape::kKeys, Shape::Parts::kRows, tile.queries);
-    int parts = 0;
-    for (int part = 0; part < kCount; ++part) {
-      const int m = tile.first / Shape::Parts::kRows + part;
-      parts |= (seeing.rank(m) < seeing.rank(m + 1)) << part;
-    }
-    return parts;
-  }
-
- private:
-  __device__ UnitSight(const Mask& of, int i0)
-      : mask(of), ranges(of.key_tiles(i0, smaller(i0 + Shape::kQueries, of.keys), Shape::kKeys)),
-        band(of.rows(i0, smaller(i0 + Shape::kQueries, of.keys))), whole(i0 + Shape::kQueries <= of.keys) {}
-};
-
-// dS of a cell. Parts that nothing is seen of are zeros: the pass before need not have visited them.
-template <class Shape>
-__device__ inline void load_parts(const BackwardParams& p, int64_t cell, int parts, FullBarrier& full,
-                                  typename Shape::Element* to) {
-  using Element = typename Shape::Element;
-  using Parts = typename Shape::Parts;
-  const Element* from = static_cast<const Element*>(p.store.data) + cell * kCellElements;
-  if (parts == (1 << Parts::kCount) - 1) {
-    copy_in_bulk(to, from, kCellElements * sizeof(Element), full);
-    return;
-  }
-  for (int part = 0; part < Parts::kCount; ++part) {
-    copy_in_bulk(to + part * Parts::kElements,
-                 parts >> part & 1 ? from + part * Parts::kElements : static_cast<const Element*>(p.store.zeros),
-                 Parts::kElements * sizeof(Element), full);
-  }
-}
-
 // Takes units of work, and brings dS.
 template <class Shape>
 __device__ inline void sums_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {

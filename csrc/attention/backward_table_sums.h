@@ -53,6 +53,7 @@ struct TableSumsShape {
 
 template <class Shape>
 __device__ inline void table_sums_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
+  using Stored = typename Shape::Stored;
   Place<2> work(1);
   Place<Shape::kStages> at(1);
   const int heads = p.common.heads, units = *p.list.length * heads;
@@ -63,20 +64,18 @@ __device__ inline void table_sums_produce(const typename Shape::Params& p, typen
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
     w = order.after(w);
-    const UnitSight<Shape> sight(p.common, tile);
+    const UnitSight<Stored> sight(p.common, tile);
     const CellPlaces places(p.store, stored_sequence(tile, sight.mask), tile.sequence, unit.head, heads);
     const int count = sight.ranges.count();
     shared.work[work.stage] = {tile, unit.head, count};
     shared.work_ring.full[work.stage].arrive();
     CUTE_NO_UNROLL
     for (int n = 0; n < count; ++n, at.next()) {
-      const int key = sight.ranges.tile(n) * Shape::kKeys;
+      const int key = sight.ranges.tile(n) * Shape::kKeys, parts = sight.parts(tile, key);
       FullBarrier& full = shared.ring.full[at.stage];
       shared.ring.empty[at.stage].wait(at.parity);
       full.arrive_and_expect_tx(kCellElements * sizeof(typename Shape::Element));
-      load_cell<typename Shape::Stored>(p, tile, sight.mask, places,
-                                        sight.whole && sight.band.all_see(key, key + Shape::kKeys), key, full,
-                                        shared.ds[at.stage]);
+      load_parts<Stored>(p, places.cell(tile.first / Shape::kQueries, key / Shape::kKeys), parts, full, shared.ds[at.stage]);
     }
   }
   shared.work[work.stage].tile.sequence = -1;

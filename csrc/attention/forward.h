@@ -27,8 +27,9 @@ struct ForwardShape {
   static constexpr bool kBiasStored = kBiasStored_;
   static constexpr bool kRelative = kBias == Bias::kRelative && !kBiasStored;  // and is prepared here
   static constexpr bool kLeftOver = kRelative && D >= 64;  // serves sequences that have no place in a store
-  // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three).
-  static constexpr int kConsumers = D <= 64 && !kBiasStored ? 3 : 2;
+  // Registers decide: S and O take N / 2 and D / 2 of a thread's 232 (two consumers) or 160 (three). At D = 64 both would fit;
+  // three are slower.
+  static constexpr int kConsumers = D <= 32 ? 3 : 2;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = D == 256 ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
@@ -135,18 +136,19 @@ __device__ inline void forward_produce(const typename Shape::Params& p, typename
                                           tile.key_start + n * Shape::kKeys, unit.head);
       v.next();
     };
+    // In the order in which buffers are given back: K0 Q K1 V0 K2 V1 ... Any other would let one load wait for a buffer
+    // that only a later one's consumer gives back.
+    const int count = ranges.count();
+    if (count > 0) load_keys(ranges.tile(0));
     shared.q_ring.empty[q.stage].wait(q.parity);
     shared.q_ring.full[q.stage].arrive_and_expect_tx(kTileBytes<Element, Shape::kQueries, D>);
     load_tile<Element, Shape::kQueries, D>(p.q, shared.q_ring.full[q.stage], shared.q[q.stage],
                                            tile.query_start + tile.first, unit.head);
     q.next();
-    // In the order in which they are waited for: K0 K1 V0 K2 V1 ... Any other would let one load wait for a buffer
-    // that only a later one's consumer gives back.
-    const int count = ranges.count();
     CUTE_NO_UNROLL
-    for (int n = 0; n < count; ++n) {
+    for (int n = 1; n < count; ++n) {
       load_keys(ranges.tile(n));
-      if (n > 0) load_values(ranges.tile(n - 1));
+      load_values(ranges.tile(n - 1));
     }
     if (count > 0) load_values(ranges.tile(count - 1));
     w = following;
@@ -353,13 +355,15 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         v.next();
         convert<Element>(scores, weights);
       }
+      release(shared.q_ring.empty[q.stage]);
       shared.v_ring.full[v.stage].wait(v.parity);
       issue_product<false>(out_mma, weights, v_tile(_, _, _, v.stage), out);
       wait_for<0>(out);
       release(shared.v_ring.empty[v.stage]);
       v.next();
+    } else {
+      release(shared.q_ring.empty[q.stage]);
     }
-    release(shared.q_ring.empty[q.stage]);
     const TileRecord done = unit.tile;
     const int first = done.first + 64 * warpgroup, head = unit.head;
     if (Shape::kRelative) release_unit();

@@ -31,8 +31,12 @@ enum class Start { kAlone, kBehind };
 template <class Kernel, class Params>
 cudaError_t launch_kernel(Kernel kernel, const Params& params, int blocks, int threads, size_t shared,
                           cudaStream_t stream, Start start = Start::kAlone) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
+  constexpr size_t kUnasked = 48 << 10;  // what any kernel may have
+  if (shared > kUnasked) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchAttribute behind{};
   behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   behind.val.programmaticStreamSerializationAllowed = 1;

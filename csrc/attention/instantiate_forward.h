@@ -19,8 +19,8 @@ ForwardInstance forward_instance(const char* dtype) {
   ForwardInstance one{dtype, D, kCausal, kBias, {Shape::kQueries, Shape::kKeys}, nullptr};
   if constexpr (Shape::kLeftOver) {
     using Stored = ForwardShape<Element, D, kCausal, kBias, true>;
-    static_assert(Stored::kKeys == Shape::kKeys, "one set of boxes");
-    one.blocks.stored_queries = Stored::kQueries;
+    static_assert(Stored::kQueries == Shape::kQueries && Stored::kKeys == Shape::kKeys, "one list, one set of boxes");
+    one.blocks.stores_bias = true;
     one.launch = [](const ForwardParams& params, const BiasParams& bias, int pass, int blocks, cudaStream_t stream) {
       return pass == 0 ? launch_forward<Stored>(params, bias, blocks, stream)
                        : launch_forward<Shape>(params, bias, blocks, stream);

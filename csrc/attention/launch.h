@@ -10,11 +10,8 @@ namespace genrec::attention {
 // Rows of the tiles of a shape: the boxes of the copy engine, and the lists of a plan.
 struct ForwardBlocks {
   int queries, keys;
-  // Of the first of two passes, over sequences whose relative bias is put into memory before: rows of its units of work,
-  // and of its boxes of queries. 0: there is no such pass.
-  int stored_queries = 0;
-
-  bool stores_bias() const { return stored_queries > 0; }
+  // The first of two passes is over sequences whose relative bias is put into memory before.
+  bool stores_bias = false;
 };
 
 struct BackwardBlocks {

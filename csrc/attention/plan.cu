@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(1024) plan_kernel(const PlanParams p) {
   for (int first = 0; first < p.batch.sequences; first += threads) {
     list_phase_chunk(scratch, p.batch, kind, p.size[which], first, thread);
     __syncthreads();
-    list_phase_write(scratch, p.batch, kind, p.size[which], p.tiles[which], first, thread);
+    list_phase_write(scratch, p.batch, kind, p.size[which], together_in(which), p.tiles[which], first, thread);
     __syncthreads();
     list_phase_advance(scratch, thread);
     __syncthreads();

@@ -13,9 +13,11 @@ enum PlanList : int {
   kBiasedKeys = 3,
   kBiasedQueries = 4,
   kStoredQueries = 5,  // of sequences whose dS is kept in memory
-  kStoredForward = 6,  // units of the forward pass over a bias in memory
-  kPlanLists = 7
+  kPlanLists = 6
 };
+
+// Sequences that share a stretch of a list (schedule.h). Kernels that compute a bias beside their products load less.
+constexpr int together_in(int list) { return list == kBiasedKeys || list == kBiasedQueries ? 8 : 4; }
 
 constexpr int64_t kPlanHeaderBytes = 64;
 

@@ -1,7 +1,9 @@
 // Work lists: a batch cut into tiles of rows, those of the longest sequences first.
 //
 // A persistent kernel's blocks take tiles off a list until it is empty, so that long sequences start early and short
-// ones fill the gaps. A list is built on the device (lengths are never read by the host), by phases with a block-wide
+// ones fill the gaps. Some sequences of as many tiles share a stretch of the list, tile by tile: the last of all are small
+// ones then, and blocks end at about the same time. One after the other, half of them would idle while the last sequence's
+// largest tiles are computed; too many would take room in the L2 cache from each other's keys and values. A list is built on the device (lengths are never read by the host), by phases with a block-wide
 // barrier between them. Each phase is a function of (thread, threads): the host runs them one thread after the other
 // (tests/schedule_test.cpp). A batch has one list, the same in every run: sums of a fixed order count on it.
 #pragma once
@@ -36,6 +38,7 @@ constexpr int kLengthBuckets = 1024, kMostListThreads = 1024;
 // Scratch memory of one list, shared by the threads that build it.
 struct ListScratch {
   int tiles[kLengthBuckets];   // tiles of all sequences of a bucket
+  int begin[kLengthBuckets];   // where the bucket's first sequence goes
   int cursor[kLengthBuckets];  // where the bucket's next sequence goes
   int chunk[kMostListThreads];  // tiles of the sequences that are written at the same time, one a thread
 };
@@ -70,7 +73,7 @@ GENREC_HOST_DEVICE inline void list_phase_count(ListScratch& scratch, const Batc
 GENREC_HOST_DEVICE inline int list_phase_sum(ListScratch& scratch) {
   int before = 0;
   for (int bucket = 0; bucket < kLengthBuckets; ++bucket) {
-    scratch.cursor[bucket] = before;
+    scratch.begin[bucket] = scratch.cursor[bucket] = before;
     before += scratch.tiles[bucket];
   }
   return before;
@@ -82,13 +85,13 @@ GENREC_HOST_DEVICE inline void list_phase_chunk(ListScratch& scratch, const Batc
   scratch.chunk[thread] = first + thread < batch.sequences ? tiles_of(batch, first + thread, kind, size) : 0;
 }
 
-// Writes behind the chunk's earlier sequences of the same bucket.
+// Writes behind the chunk's earlier sequences of the same bucket, or, `together` at a time, between their tiles.
 //
 // Query tiles of a sequence go last one first: under a causal mask it has most to do. Key tiles go first one first, for
 // the same reason, and because a deterministic backward pass lets tile n wait for tiles before n only: those are taken
 // off the list before it, hence never wait for it.
 GENREC_HOST_DEVICE inline void list_phase_write(const ListScratch& scratch, const Batch& batch, ListKind kind, int size,
-                                                TileRecord* list, int first, int thread) {
+                                                int together, TileRecord* list, int first, int thread) {
   const int b = first + thread, tiles = scratch.chunk[thread];
   if (tiles <= 0) return;
   const int bucket = length_bucket(tiles);
@@ -101,9 +104,15 @@ GENREC_HOST_DEVICE inline void list_phase_write(const ListScratch& scratch, cons
   TileRecord record{b, 0, query_start, batch.query_offsets[b + 1] - query_start, key_start,
                     batch.key_offsets[b + 1] - key_start, batch.contexts ? batch.contexts[b] : 0,
                     batch.targets ? batch.targets[b] : 0};
+  int stride = 1;
+  if (bucket > 0) {  // all its sequences have as many tiles
+    const int before = (start - scratch.begin[bucket]) / tiles, place = before % together;
+    stride = smaller(together, scratch.tiles[bucket] / tiles - (before - place));
+    start += place - place * tiles;
+  }
   for (int t = 0; t < tiles; ++t) {
     record.first = (kind == ListKind::kQueries ? tiles - 1 - t : t) * size;
-    list[start + t] = record;
+    list[start + t * stride] = record;
   }
 }
 

@@ -82,7 +82,7 @@ struct List {
     tiles.resize(length + 1);
     for (int b = 0; b < batch.sequences; ++b) {
       list_phase_chunk(*scratch, batch, kind, size, b, 0);
-      list_phase_write(*scratch, batch, kind, size, tiles.data(), b, 0);
+      list_phase_write(*scratch, batch, kind, size, 2, tiles.data(), b, 0);
       list_phase_advance(*scratch, 0);
     }
   }

@@ -1,5 +1,6 @@
 // schedule.h and ds_store.h on the host: every tile of every sequence is listed once, long sequences first, in the promised
 // order; every part of dS that the backward pass visits has a place of its own.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -22,7 +23,8 @@ void check(bool good, const char* what, int a, int b) {
   std::exit(1);
 }
 
-std::vector<TileRecord> build(const Batch& batch, ListKind kind, int size, int64_t capacity, int threads) {
+std::vector<TileRecord> build(const Batch& batch, ListKind kind, int size, int64_t capacity, int threads,
+                              int together) {
   ListScratch scratch{};
   for (int t = 0; t < threads; ++t) list_phase_count(scratch, batch, kind, size, t, threads);
   const int length = list_phase_sum(scratch);
@@ -30,7 +32,7 @@ std::vector<TileRecord> build(const Batch& batch, ListKind kind, int size, int64
   std::vector<TileRecord> list(length + 1, TileRecord{-7, 0, 0, 0, 0, 0, 0, 0});
   for (int first = 0; first < batch.sequences; first += threads) {
     for (int t = 0; t < threads; ++t) list_phase_chunk(scratch, batch, kind, size, first, t);
-    for (int t = threads - 1; t >= 0; --t) list_phase_write(scratch, batch, kind, size, list.data(), first, t);
+    for (int t = threads - 1; t >= 0; --t) list_phase_write(scratch, batch, kind, size, together, list.data(), first, t);
     for (int t = 0; t < threads; ++t) list_phase_advance(scratch, t);
   }
   check(list.back().sequence == -7, "written beyond the end", length, list.back().sequence);
@@ -38,8 +40,28 @@ std::vector<TileRecord> build(const Batch& batch, ListKind kind, int size, int64
   return list;
 }
 
+// Sequence and first row of each tile, in the promised order.
+std::vector<std::pair<int, int>> wanted_order(const std::vector<int>& lengths, ListKind kind, int size, int together) {
+  std::map<int, std::vector<int>> buckets;
+  for (int b = 0; b < static_cast<int>(lengths.size()); ++b) {
+    if (lengths[b] > 0) buckets[length_bucket(divide_up(lengths[b], size))].push_back(b);
+  }
+  std::vector<std::pair<int, int>> order;
+  for (const auto& [bucket, sequences] : buckets) {
+    const size_t each = bucket > 0 ? together : 1;
+    for (size_t first = 0; first < sequences.size(); first += each) {
+      const int tiles = divide_up(lengths[sequences[first]], size);
+      for (int t = 0; t < tiles; ++t) {
+        for (size_t n = first; n < std::min(first + each, sequences.size()); ++n)
+          order.push_back({sequences[n], (kind == ListKind::kQueries ? tiles - 1 - t : t) * size});
+      }
+    }
+  }
+  return order;
+}
+
 void check_batch(const std::vector<int>& queries, const std::vector<int>& keys, const std::vector<int>& contexts,
-                 int size) {
+                 int size, int together) {
   const int n = static_cast<int>(queries.size());
   std::vector<int> query_offsets{0}, key_offsets{0};
   for (int b = 0; b < n; ++b) {
@@ -51,11 +73,14 @@ void check_batch(const std::vector<int>& queries, const std::vector<int>& keys, 
     const bool of_queries = kind == ListKind::kQueries;
     const std::vector<int>& lengths = of_queries ? queries : keys;
     const int rows = of_queries ? query_offsets.back() : key_offsets.back();
-    const std::vector<TileRecord> list = build(batch, kind, size, list_capacity(rows, n, size), 1 + n % 5);
-    // One order, however many threads built it: among equally long sequences the first comes first.
-    const std::vector<TileRecord> again = build(batch, kind, size, list_capacity(rows, n, size), 7);
-    for (size_t t = 0; t < list.size(); ++t)
-      check(again[t].sequence == list[t].sequence && again[t].first == list[t].first, "order", int(t), list[t].sequence);
+    const std::vector<TileRecord> list = build(batch, kind, size, list_capacity(rows, n, size), 1 + n % 5, together);
+    // However many threads build it.
+    const auto order = wanted_order(lengths, kind, size, together);
+    check(order.size() == list.size(), "length", int(order.size()), int(list.size()));
+    for (const auto& built : {list, build(batch, kind, size, list_capacity(rows, n, size), 7, together)}) {
+      for (size_t t = 0; t < list.size(); ++t)
+        check(std::make_pair(built[t].sequence, built[t].first) == order[t], "order", int(t), built[t].sequence);
+    }
     std::set<std::pair<int, int>> seen;
     std::map<int, int> last;
     int longest = kNever;
@@ -158,9 +183,9 @@ int main() {
       queries.push_back(draw(3) ? keys[b] : draw(keys[b] + 1));
       contexts.push_back(draw(3));
     }
-    check_batch(queries, keys, contexts, size);
+    check_batch(queries, keys, contexts, size, 1 + round % 5);
   }
-  check_batch({5000, 1, 3000}, {5000, 1, 3000}, {1, 0, 2}, 1);  // more tiles than there are buckets
+  check_batch({5000, 1, 3000}, {5000, 1, 3000}, {1, 0, 2}, 1, 4);  // more tiles than there are buckets
   for (int w = 0; w < 100; ++w) {
     const WorkUnit unit = work_unit(w, 3);
     check(unit.tile * 3 + unit.head == w && unit.head < 3, "unit", w, unit.head);

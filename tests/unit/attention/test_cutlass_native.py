@@ -178,19 +178,18 @@ def test_kernels_with_tiles_of_their_own_have_lists_of_their_own(library: ctypes
     rows, short = 3 * 4096, {size: 1000 // size + 3 for size in (64, 128, 192)}
     long = {size: rows // size + 3 for size in (64, 128, 192)}
     # Long sequences at D = 128: queries forward, keys and queries backward, which serve the kernels with a bias too;
-    # with a relative bias 128 queries forward as well, 192 where dS or the bias is in memory, and a place for each
-    # sequence's.
+    # 192 queries where dS or the bias is in memory, and a place for each sequence's.
     problem = _problem(query_rows=rows, key_rows=rows)
-    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (3 * long[128] + long[64] + long[192]) + 12
+    assert binding.call("plan_bytes", ctypes.byref(problem)) == 64 + 32 * (2 * long[128] + long[64] + long[192]) + 12
     # Short ones: the pass for dQ has 128 queries, the kernels with a bias 64.
     assert (
-        binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (5 * short[128] + short[64] + short[192]) + 12
+        binding.call("plan_bytes", ctypes.byref(_problem())) == 64 + 32 * (4 * short[128] + short[64] + short[192]) + 12
     )
     # D = 256: tiles of 64 keys without a bias, of 128 keys and 64 queries with one; dS in memory without one.
     problem = _problem(qk_dim=256, v_dim=256)
     assert (
         binding.call("plan_bytes", ctypes.byref(problem))
-        == 64 + 32 * (4 * short[128] + 2 * short[64] + short[192]) + 12
+        == 64 + 32 * (3 * short[128] + 2 * short[64] + short[192]) + 12
     )
     # D = 64 keeps a relative bias forward, D = 32 nothing.
     for dim, places in ((64, 12), (32, 0)):
