@@ -20,6 +20,9 @@ from genrec.attention.triton.kernels.spans import span_kernel
 
 _KEPT = 4
 _CHUNK = 32
+TOGETHER = 2, 1
+"""Sequences that share a stretch of the list of rows, and of keys: see `plan_kernel`. More would take room in the L2 cache
+from each other."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Prepared:
             items = torch.empty(self.bound(of_keys, block), 2, dtype=torch.int32, device=offsets.device)
             count = torch.zeros(1, dtype=torch.int32, device=offsets.device)
             grid = (triton.cdiv(self.batch, _CHUNK),)
-            plan_kernel[grid](offsets, items, count, self.batch, BLOCK=block, CHUNK=_CHUNK, LAST_FIRST=not of_keys)
+            plan_kernel[grid](
+                offsets, items, count, self.batch,
+                BLOCK=block, CHUNK=_CHUNK, LAST_FIRST=not of_keys, TOGETHER=TOGETHER[of_keys],
+            )  # fmt: skip
             self._items[of_keys, block] = items, count
         return self._items[of_keys, block]
 

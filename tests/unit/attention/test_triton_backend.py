@@ -338,13 +338,34 @@ def test_blocks_are_visited_once_where_seen_and_unmasked_only_where_seen_whole()
                     assert len(block_of) == block
 
 
-def test_work_is_ordered_by_length() -> None:
+def test_work_is_ordered_by_blocks() -> None:
     offsets = torch.tensor([0, 5, 5, 25, 31], device=DEVICE)
     prepared = Prepared((offsets, offsets), (None, None), (31, 31))
     items, count = prepared.items(False, 8)
     assert count.item() == 5
-    assert items[:5].tolist() == [[2, 2], [2, 1], [2, 0], [3, 0], [0, 0]]
+    assert items[:5].tolist() == [[2, 2], [2, 1], [2, 0], [0, 0], [3, 0]]
     assert prepared.items(True, 8)[0][:3].tolist() == [[2, 0], [2, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_sequences_of_as_many_blocks_share_the_list(
+    of_keys: bool, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genrec.attention.triton.prepared.TOGETHER", (together, together))
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 40, (70,), generator=draw)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(DEVICE)
+    items, count = Prepared((offsets, offsets), (None, None), (int(offsets[-1]),) * 2).items(of_keys, 8)
+    blocks = [-(-length // 8) for length in lengths.tolist()]
+    wanted = []
+    for many in range(max(blocks), 0, -1):
+        equal = [b for b, own in enumerate(blocks) if own == many]
+        for first in range(0, len(equal), together):
+            for n in range(many) if of_keys else range(many - 1, -1, -1):
+                wanted += [[b, n] for b in equal[first : first + together]]
+    assert count.item() == len(wanted)
+    assert items[: len(wanted)].tolist() == wanted
 
 
 def test_plans_are_kept_while_tensors_are_unchanged() -> None:

@@ -7,33 +7,44 @@ import triton.language as tl
 
 
 @triton.jit
-def plan_kernel(offsets, items, count, batch, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LAST_FIRST: tl.constexpr):
+def plan_kernel(
+    offsets, items, count, batch,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, LAST_FIRST: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
     """items: (n, 2) int32, the sequence and block of each piece of work; count: (1,) int32, how many there are.
 
     n is at least T // BLOCK + B. Under a causal mask the last block of rows (the first of keys) has the most to do:
-    within a sequence LAST_FIRST puts the last block first.
+    within a sequence LAST_FIRST puts the last block first. TOGETHER sequences of as many blocks share a stretch of the
+    list, block by block, so that the last pieces of all are small ones; one after the other, half of the processors
+    would idle while the last sequence's first blocks are computed.
     """
     mine = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     inside = mine < batch
     length = tl.load(offsets + mine + 1, inside, 0) - tl.load(offsets + mine, inside, 0)
-    before = tl.zeros([CHUNK], tl.int32)
+    blocks = tl.cdiv(length, BLOCK).to(tl.int32)
+    before = tl.zeros([CHUNK], tl.int32)  # blocks of longer sequences
+    rank = tl.zeros([CHUNK], tl.int32)  # among those of as many blocks
+    equals = tl.zeros([CHUNK], tl.int32)
     for chunk in range(0, batch, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
         present = other < batch
         other_length = tl.load(offsets + other + 1, present, 0) - tl.load(offsets + other, present, 0)
-        earlier = (other_length[None, :] > length[:, None]) | (
-            (other_length[None, :] == length[:, None]) & (other[None, :] < mine[:, None])
-        )
-        earlier = (earlier & present[None, :]).to(tl.int32)
-        before += tl.sum(earlier * tl.cdiv(other_length, BLOCK).to(tl.int32)[None, :], 1)
-    blocks = tl.cdiv(length, BLOCK).to(tl.int32)
+        other_blocks = tl.cdiv(other_length, BLOCK).to(tl.int32)[None, :]
+        before += tl.sum(tl.where(other_blocks > blocks[:, None], other_blocks, 0), 1)
+        equal = (other_blocks == blocks[:, None]) & present[None, :]
+        rank += tl.sum((equal & (other[None, :] < mine[:, None])).to(tl.int32), 1)
+        equals += tl.sum(equal.to(tl.int32), 1)
+    place = rank % TOGETHER
+    stride = tl.minimum(equals - (rank - place), TOGETHER)
+    before += (rank - place) * blocks + place
     for n in range(0, tl.max(blocks, 0)):
         here = inside & (n < blocks)
         block = n + tl.zeros([CHUNK], tl.int32)
         if LAST_FIRST:
             block = blocks - 1 - n
-        tl.store(items + (before + n) * 2, mine, here)
-        tl.store(items + (before + n) * 2 + 1, block, here)
+        item = items + (before + n * stride) * 2
+        tl.store(item, mine, here)
+        tl.store(item + 1, block, here)
     tl.atomic_add(count, tl.sum(tl.where(inside, blocks, 0), 0), sem="relaxed")
 
 
