@@ -3,9 +3,11 @@
 // A persistent kernel's blocks take tiles off a list until it is empty, so that long sequences start early and short
 // ones fill the gaps. Some sequences of as many tiles share a stretch of the list, tile by tile: the last of all are small
 // ones then, and blocks end at about the same time. One after the other, half of them would idle while the last sequence's
-// largest tiles are computed; too many would take room in the L2 cache from each other's keys and values. A list is built on the device (lengths are never read by the host), by phases with a block-wide
-// barrier between them. Each phase is a function of (thread, threads): the host runs them one thread after the other
-// (tests/schedule_test.cpp). A batch has one list, the same in every run: sums of a fixed order count on it.
+// largest tiles are computed; too many would take room in the L2 cache from each other's keys and values.
+//
+// A list is built on the device (lengths are never read by the host), by phases with a block-wide barrier between them.
+// Each phase is a function of (thread, threads): the host runs them one thread after the other (tests/schedule_test.cpp).
+// A batch has one list, the same in every run: sums of a fixed order count on it.
 #pragma once
 
 #include <cstdint>

@@ -21,8 +21,8 @@ from genrec.attention.triton.kernels.spans import span_kernel
 _KEPT = 4
 _CHUNK = 32
 TOGETHER = 2, 1
-"""Sequences that share a stretch of the list of rows, and of keys: see `plan_kernel`. More would take room in the L2 cache
-from each other."""
+"""Sequences that share a stretch of the list of rows, and of keys: see `plan_kernel`. More would take room in the L2
+cache from each other."""
 
 
 @dataclass(frozen=True)
