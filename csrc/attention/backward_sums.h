@@ -46,6 +46,8 @@ struct StoredSumsShape {
   static constexpr bool kCausal = kCausal_;
   using Parts = Parts_;
   static_assert(Parts::kRows == 64 && D == 128, "a part is a block of the warps that sum");
+  using Stored = StoredSumsShape;             // whose parts dS lies in
+  static constexpr bool kGivesDq = true;      // so that it may be launched where no table is summed
   static constexpr Bias kBias = Bias::kRelative;
   static constexpr bool kRelative = true, kSumsTables = true;
   using Params = BiasedParams<BackwardParams, kBias>;
@@ -120,7 +122,7 @@ constexpr int kEndSteps = divide_up(Shape::kSummingWarps, Shape::Parts::kCount);
 // Takes units of work, and brings dS.
 template <class Shape>
 __device__ inline void sums_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
-  using Element = typename Shape::Element;
+  using Stored = typename Shape::Stored;
   constexpr int kKeys = Shape::kKeys;
   Place<2> work(1);
   Place<Shape::kStages> at(1);
@@ -132,7 +134,7 @@ __device__ inline void sums_produce(const typename Shape::Params& p, typename Sh
     const WorkUnit unit = work_unit(w, heads);
     const TileRecord tile = p.list.tiles[unit.tile];
     w = order.after(w);
-    const UnitSight<Shape> sight(p.common, tile);
+    const UnitSight<Stored> sight(p.common, tile);
     const CellPlaces places(p.store, stored_sequence(tile, sight.mask), tile.sequence, unit.head, heads);
     const int count = sight.ranges.count();
     shared.work[work.stage] = {tile, unit.head, count};
@@ -142,13 +144,13 @@ __device__ inline void sums_produce(const typename Shape::Params& p, typename Sh
       const int key = sight.ranges.tile(n) * kKeys, parts = sight.parts(tile, key);
       FullBarrier& full = shared.ring.full[at.stage];
       shared.ring.empty[at.stage].wait(at.parity);
-      full.arrive_and_expect_tx(kCellElements * sizeof(Element));
-      load_parts<Shape>(p, places.cell(tile.first / Shape::kQueries, key / kKeys), parts, full, shared.ds[at.stage]);
+      full.arrive_and_expect_tx(kCellElements * sizeof(typename Shape::Element));
+      load_parts<Stored>(p, places.cell(tile.first / Shape::kQueries, key / kKeys), parts, full, shared.ds[at.stage]);
     }
   }
   shared.work[work.stage].tile.sequence = -1;
   shared.work_ring.full[work.stage].arrive();
-  for (int n = 0; n < kEndSteps<Shape> && sums_tables<Shape>(p); ++n, at.next()) {
+  for (int n = 0; n < kEndSteps<Shape> && (!Shape::kGivesDq || sums_tables<Shape>(p)); ++n, at.next()) {
     shared.ring.empty[at.stage].wait(at.parity);
     shared.ring.full[at.stage].arrive();
   }

@@ -20,7 +20,7 @@ struct TableSumsShape {
   static constexpr bool kCausal = Stored::kCausal;
   using Parts = CellParts<64>;  // blocks, wherever the pass that wrote dS had its parts
   static constexpr Bias kBias = Bias::kRelative;
-  static constexpr bool kRelative = true, kSumsTables = true;
+  static constexpr bool kRelative = true, kSumsTables = true, kGivesDq = false;
   using Params = BiasedParams<BackwardParams, kBias>;
   // Shared memory decides: 227 KiB. Four cells are being summed, the others on their way.
   static constexpr int kStages = 6;
@@ -51,41 +51,6 @@ struct TableSumsShape {
   static_assert(sizeof(Shared) <= 232448, "more shared memory than a block may have");
 };
 
-template <class Shape>
-__device__ inline void table_sums_produce(const typename Shape::Params& p, typename Shape::Shared& shared) {
-  using Stored = typename Shape::Stored;
-  Place<2> work(1);
-  Place<Shape::kStages> at(1);
-  const int heads = p.common.heads, units = *p.list.length * heads;
-  const StoredUnits order{p, units};
-  for (int w = order.first();; work.next()) {
-    shared.work_ring.empty[work.stage].wait(work.parity);
-    if (w >= units) break;
-    const WorkUnit unit = work_unit(w, heads);
-    const TileRecord tile = p.list.tiles[unit.tile];
-    w = order.after(w);
-    const UnitSight<Stored> sight(p.common, tile);
-    const CellPlaces places(p.store, stored_sequence(tile, sight.mask), tile.sequence, unit.head, heads);
-    const int count = sight.ranges.count();
-    shared.work[work.stage] = {tile, unit.head, count};
-    shared.work_ring.full[work.stage].arrive();
-    CUTE_NO_UNROLL
-    for (int n = 0; n < count; ++n, at.next()) {
-      const int key = sight.ranges.tile(n) * Shape::kKeys, parts = sight.parts(tile, key);
-      FullBarrier& full = shared.ring.full[at.stage];
-      shared.ring.empty[at.stage].wait(at.parity);
-      full.arrive_and_expect_tx(kCellElements * sizeof(typename Shape::Element));
-      load_parts<Stored>(p, places.cell(tile.first / Shape::kQueries, key / Shape::kKeys), parts, full, shared.ds[at.stage]);
-    }
-  }
-  shared.work[work.stage].tile.sequence = -1;
-  shared.work_ring.full[work.stage].arrive();
-  for (int n = 0; n < kEndSteps<Shape>; ++n, at.next()) {
-    shared.ring.empty[at.stage].wait(at.parity);
-    shared.ring.full[at.stage].arrive();
-  }
-}
-
 // Launched where a table's gradient is wanted.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) table_sums_kernel(const __grid_constant__ typename Shape::Params p) {
@@ -102,7 +67,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) table_sums_kernel(const __
   follow_kernel_before();
   const int warp = uniform(threadIdx.x / 32), summing = warp - 1 - Shape::kPreparers;
   if (warp == 0) {
-    if (threadIdx.x == 0) table_sums_produce<Shape>(p, shared);
+    if (threadIdx.x == 0) sums_produce<Shape>(p, shared);
   } else if (summing < 0) {
     SumsPreparer<Shape>{p, shared}.run(warp - 1);
   } else {

@@ -2,8 +2,9 @@
 //
 // A warp has its own copies of the tables. Additions of floating-point numbers have a fixed order, and a last kernel adds
 // the copies up. Position: bias_diagonals.h; what it gives is added to the warp's copy by reductions that nobody waits for,
-// and nobody else adds to that copy. Over stored dS it is the block's copy where the order may differ from run to run. Time: a few edges are compared with, pair by pair or, where times rise, by bias_cuts.h;
-// where buckets are looked up, bias_histogram.h adds.
+// and nobody else adds to that copy. Over stored dS it is the block's copy where the order may differ from run to run.
+// Time: a few edges are compared with, pair by pair or, where times rise, by bias_cuts.h; where buckets are looked up,
+// bias_histogram.h adds.
 //
 // Beside products a read of shared memory takes some 200 cycles, and a warp waits for its own alone: what a block takes is
 // the number of its waits. So reads are issued some rows before their use.
