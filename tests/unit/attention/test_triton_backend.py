@@ -338,12 +338,12 @@ def test_blocks_are_visited_once_where_seen_and_unmasked_only_where_seen_whole()
                     assert len(block_of) == block
 
 
-def test_work_is_ordered_by_blocks() -> None:
+def test_work_is_ordered_by_length() -> None:
     offsets = torch.tensor([0, 5, 5, 25, 31], device=DEVICE)
     prepared = Prepared((offsets, offsets), (None, None), (31, 31))
     items, count = prepared.items(False, 8)
     assert count.item() == 5
-    assert items[:5].tolist() == [[2, 2], [2, 1], [2, 0], [0, 0], [3, 0]]
+    assert items[:5].tolist() == [[2, 2], [2, 1], [2, 0], [3, 0], [0, 0]]
     assert prepared.items(True, 8)[0][:3].tolist() == [[2, 0], [2, 1], [2, 2]]
 
 
@@ -360,7 +360,7 @@ def test_sequences_of_as_many_blocks_share_the_list(
     blocks = [-(-length // 8) for length in lengths.tolist()]
     wanted = []
     for many in range(max(blocks), 0, -1):
-        equal = [b for b, own in enumerate(blocks) if own == many]
+        equal = sorted((b for b, own in enumerate(blocks) if own == many), key=lambda b: -int(lengths[b]))
         for first in range(0, len(equal), together):
             for n in range(many) if of_keys else range(many - 1, -1, -1):
                 wanted += [[b, n] for b in equal[first : first + together]]

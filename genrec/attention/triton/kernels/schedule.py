@@ -23,7 +23,7 @@ def plan_kernel(
     length = tl.load(offsets + mine + 1, inside, 0) - tl.load(offsets + mine, inside, 0)
     blocks = tl.cdiv(length, BLOCK).to(tl.int32)
     before = tl.zeros([CHUNK], tl.int32)  # blocks of longer sequences
-    rank = tl.zeros([CHUNK], tl.int32)  # among those of as many blocks
+    rank = tl.zeros([CHUNK], tl.int32)  # among those of as many blocks, by length
     equals = tl.zeros([CHUNK], tl.int32)
     for chunk in range(0, batch, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
@@ -32,7 +32,10 @@ def plan_kernel(
         other_blocks = tl.cdiv(other_length, BLOCK).to(tl.int32)[None, :]
         before += tl.sum(tl.where(other_blocks > blocks[:, None], other_blocks, 0), 1)
         equal = (other_blocks == blocks[:, None]) & present[None, :]
-        rank += tl.sum((equal & (other[None, :] < mine[:, None])).to(tl.int32), 1)
+        earlier = (other_length[None, :] > length[:, None]) | (
+            (other_length[None, :] == length[:, None]) & (other[None, :] < mine[:, None])
+        )
+        rank += tl.sum((equal & earlier).to(tl.int32), 1)
         equals += tl.sum(equal.to(tl.int32), 1)
     place = rank % TOGETHER
     stride = tl.minimum(equals - (rank - place), TOGETHER)
