@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, seed, settings
 
-from genrec.attention import hstu_attention
+from genrec.attention import RelativeBias, hstu_attention
 from tests.parity.grid import GRID, Case, Inputs, assert_parity, make_case, run_backend, run_reference
 from tests.parity.test_random_cases import _cases as random_cases
 from tests.parity.triton_checks import (
@@ -120,6 +120,25 @@ def test_stored_bias_and_scores(name: str, small: bool, heads: int, monkeypatch:
 def test_low_precision_stored(name: str, dtype: torch.dtype) -> None:
     with form("stored"):
         assert_parity("triton", one_head(named(name)), dtype)
+
+
+def assert_hidden(score: float, dtype: torch.dtype, dim: int, device: str = "cpu") -> None:
+    """Row 0 has such a score with all keys that it doesn't see, other pairs one of zero: the output is zero."""
+    rows = 150
+    q, k = (torch.zeros(rows, 1, dim, dtype=dtype, device=device) for _ in range(2))
+    q[0], k[1:] = 1.0, score / dim
+    v = torch.randn(rows, 1, dim, device=device).to(dtype)
+    bias = RelativeBias(torch.zeros(2 * rows - 1, device=device), None, None)
+    offsets = torch.tensor([0, rows], device=device)
+    out = hstu_attention(q, k, v, offsets, rows, alpha=1.0, bias=bias, backend="triton")
+    assert (out == 0).all()
+
+
+@interpreted
+@pytest.mark.parametrize(("score", "dtype"), [(60_000.0, torch.bfloat16), (1e30, torch.float32)])
+def test_hidden_pairs_of_a_stored_bias_weigh_nothing(score: float, dtype: torch.dtype) -> None:
+    with form("stored"):
+        assert_hidden(score, dtype, 16)
 
 
 @interpreted
@@ -236,6 +255,18 @@ def test_stored_bias_and_scores_on_gpu(words: dict, monkeypatch: pytest.MonkeyPa
     with tuning.autotune(False):
         assert_parity("triton", case, torch.bfloat16, "cuda")
     assert names == [*FORWARD, *BACKWARD, "stored_tables_kernel"]
+
+
+@pytest.mark.hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hidden_pairs_of_a_stored_bias_weigh_nothing_on_gpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    names = started(monkeypatch)
+    with tuning.autotune(False):
+        assert_hidden(120_000.0, dtype, 128, "cuda")
+    assert names == FORWARD
 
 
 @pytest.mark.hopper

@@ -10,7 +10,13 @@ from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_block
 from genrec.attention.triton.kernels.memory import gather, gather_at, near_times
 from genrec.attention.triton.kernels.schedule import locate
 from genrec.attention.triton.kernels.spans import read_span
-from genrec.attention.triton.kernels.stored import LARGEST, fragment_diagonals, fragment_entries, tile_number
+from genrec.attention.triton.kernels.stored import (
+    LARGEST,
+    fragment_diagonals,
+    fragment_entries,
+    hidden_bias,
+    tile_number,
+)
 from genrec.attention.triton.kernels.tiles import EMULATED, regions, sequence
 
 
@@ -104,7 +110,7 @@ def tile_by_lines(
     ROWS: tl.constexpr, KEYS: tl.constexpr, LINES: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_CONTEXTS: tl.constexpr, HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Any tile, so many LINES at a time; where it isn't seen as a `whole`, minus infinity for what is hidden."""
+    """Any tile, so many LINES at a time; where it isn't seen as a `whole`, `hidden_bias` for what is hidden."""
     COLUMNS: tl.constexpr = ROWS if OF_KEYS else KEYS
     e = tl.arange(0, LINES * COLUMNS)
     x, y = fragment_entries(e, COLUMNS)
@@ -123,7 +129,7 @@ def tile_by_lines(
             store_lines(tile + line * COLUMNS, e, bias)
         else:
             seen = visible(i, j, contexts, history_end, GROUP, WINDOW, CAUSAL, HAS_CONTEXTS, HAS_TARGETS)
-            tl.store(tile + line * COLUMNS + e, tl.where(seen, stored_bias(bias, tile), float("-inf")))
+            tl.store(tile + line * COLUMNS + e, tl.where(seen, stored_bias(bias, tile), hidden_bias(tile)))
 
 
 @triton.jit
@@ -147,7 +153,7 @@ def bias_kernel(
 ):  # fmt: skip
     """Tiles as the kernel that loads them has them: (KEYS, ROWS) where OF_KEYS, a program for a block of keys and every
     so many of the row blocks that it visits; else (ROWS, KEYS), for a block of rows. With FAST half the bias, as `silu`
-    wants it. Tiles of rows have minus infinity where a row doesn't see a key.
+    wants it. Tiles of rows have `hidden_bias` where a row doesn't see a key.
 
     Of tiles that are not simple so many LINES are computed at a time. A tile beyond `tiles`, where only wrong lengths
     lead, is written to the last one's place.

@@ -9,7 +9,7 @@ from genrec.attention.triton.kernels.activation import kept, silu
 from genrec.attention.triton.kernels.bias import add_time_bias, bucket_span, dense_bias, first_entry, position_bias
 from genrec.attention.triton.kernels.mask import cut_block, cut_count, key_blocks, visible
 from genrec.attention.triton.kernels.schedule import locate, rows_of
-from genrec.attention.triton.kernels.stored import LARGEST, load_fragments, prefetch_tile, tile_number
+from genrec.attention.triton.kernels.stored import load_fragments, prefetch_tile, tile_number
 from genrec.attention.triton.kernels.tiles import load_rows, product, regions, sequence
 
 
@@ -27,7 +27,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Pointers are None for what a call doesn't have. Blocks seen whole come first, then those that need a mask.
 
-    bias_tiles are `bias_kernel`'s for the same blocks, with minus infinity where a row doesn't see a key; then there is
+    bias_tiles are `bias_kernel`'s for the same blocks, with `hidden_bias` where a row doesn't see a key; then there is
     neither `position` nor `time_table`.
     """
     FACTOR: tl.constexpr = 0.5 if FAST else 1.0
@@ -98,9 +98,7 @@ def forward_kernel(
                                CUT, False)  # fmt: skip
             x = product(q_tile, tl.trans(k_tile), None, PRECISION) * (alpha * FACTOR)
             if bias_tiles is not None:
-                # What is hidden is as small as it gets, and its weight is exactly zero.
-                x += load_fragments(tile, ROWS, KEYS).to(tl.float32)
-                x = tl.maximum(x, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+                x += load_fragments(tile, ROWS, KEYS).to(tl.float32)  # what is hidden gets a weight of zero
             if time_table is not None:
                 x = add_time_bias(x, i_inside, j_inside, kv_times + kv_start, row_times, kv_len, earliest, span_first,
                                   span_last, near, time_table, edges, near_edges, BUCKETS, FACTOR)  # fmt: skip
