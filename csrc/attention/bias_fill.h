@@ -17,8 +17,8 @@ struct FillParams {
 
 constexpr int kFillThreads = 256;
 constexpr int kFillResident = 3;  // blocks of a multiprocessor; four would spill
-constexpr int kFillUnits = 16;  // units of work that 64 queries are cut into, each parts beside each other
-constexpr int kFillParts = 4;   // of a unit, at least
+constexpr int kFillUnits = 8;  // units of work that 64 queries are cut into, each parts beside each other
+constexpr int kFillParts = 4;  // of a unit, at least
 constexpr int kMostFillEdges = 8;  // that cut 16 rows, beyond which looking weights up is quicker
 
 // Times of 64 rows or columns, two of them a lane's, and their span.
@@ -43,8 +43,10 @@ struct FillRows {
   int before;  // whether streamed times lie before the rows', so that distances fall as they rise
 };
 
-// A warp's own: of a part.
+// A warp's own: of a unit's queries, and of a part.
 struct FillMemory {
+  TimeSpan sixteens[4];  // of 16 queries each
+  uint32_t digits[64];   // the lowest of each query's time
   // Of the position table, halved: entry column - row + 63, twice as in BiasTile.
   alignas(16) float window[2][144];
   int near[64];  // g - base of streamed times g
@@ -86,12 +88,26 @@ struct BiasFiller {
     const CellPlaces places(p.bias.store, stored_sequence(tile, mask), tile.sequence, 0, 1);
     const SequenceTimes times(p.bias, tile);
     SixtyFour queries;
-    if (p.bias.time != nullptr) queries.read([&](int i) { return times.query(64 * m + i); }, lane);
+    if (p.bias.time != nullptr) {
+      queries.read([&](int i) { return times.query(64 * m + i); }, lane);
+      put_queries(queries);
+    }
     CUTE_NO_UNROLL
     for (int n = unit * each; n < end; ++n) {
       const int column = ranges.tile(n);
       const int64_t part = places.part<BiasCell>(m, column);
       if (part >= 0) one_part(times, queries, m * 64, column * kCellKeys, part);
+    }
+  }
+
+  __device__ void put_queries(const SixtyFour& queries) const {
+    sync_warp();  // what the unit before left has been read
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const int64_t time = queries.times[n];
+      own.digits[32 * n + lane] = static_cast<uint32_t>(time);
+      const TimeSpan span = TimeSpan{time, time}.of_half_warp();
+      if (lane % 16 == 0) own.sixteens[2 * n + lane / 16] = span;
     }
   }
 
@@ -104,7 +120,7 @@ struct BiasFiller {
     if (p.bias.time != nullptr) {
       SixtyFour keys;
       keys.read([&](int j) { return times.key(key + j); }, lane);
-      told = put_times(queries, keys);
+      told = put_times(queries.span, keys);
     }
     sync_warp();
     // The thread's first row and the column before its first; 16 rows down are 16 entries back.
@@ -114,7 +130,7 @@ struct BiasFiller {
       one_bucket(window, p.bias.time == nullptr ? 0.f : buckets.weights[told.bucket], to);
       return;
     }
-    const auto row_time = [&](int row) { return times.query(query + row); };
+    const auto row_time = [&](int row) { return times.query(query + row); };  // of few parts
     const auto column_time = [&](int j) { return times.key(key + j); };
     CUTE_NO_UNROLL
     for (int n = 0; n < 4; ++n, window -= 16, to += stored_bias_at(1, 0, 0))
@@ -141,8 +157,8 @@ struct BiasFiller {
   };
 
   // Streamed times, and how buckets are told of each 16 rows.
-  __device__ Told put_times(const SixtyFour& fixed, const SixtyFour& streamed) const {
-    const TimeSpan &rows = fixed.span, &columns = streamed.span;
+  __device__ Told put_times(const TimeSpan& rows, const SixtyFour& streamed) const {
+    const TimeSpan& columns = streamed.span;
     constexpr int64_t kSafe = int64_t{1} << 61, kShort = int64_t{1} << (kNearBits - 1);
     if (rows.low <= -kSafe || rows.high >= kSafe || columns.low <= -kSafe || columns.high >= kSafe) {
       if (lane < 4) own.rows[lane] = {0, kLookUpWide, 1};
@@ -152,12 +168,8 @@ struct BiasFiller {
     const Buckets all = buckets_of(apart);
     if (all.first == all.last) return {true, all.first, 0};
     const bool brief = rows.high - rows.low < kShort && columns.high - columns.low < kShort;
-    CUTE_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      own.near[32 * n + lane] = static_cast<int>(streamed.times[n] - columns.low);
-      const TimeDistances distances(TimeSpan{fixed.times[n], fixed.times[n]}.of_half_warp(), columns);
-      if (lane % 16 == 0) put_rows(2 * n + lane / 16, distances, brief);
-    }
+    for (int n = 0; n < 2; ++n) own.near[32 * n + lane] = static_cast<int>(streamed.times[n] - columns.low);
+    if (lane < 4) put_rows(lane, TimeDistances(own.sixteens[lane], columns), brief);
     return {false, 0, static_cast<uint32_t>(columns.low)};
   }
 
@@ -198,9 +210,13 @@ struct BiasFiller {
   __device__ void sixteen_rows(RowTime row_time, ColumnTime column_time, int row, const FillRows& how, uint32_t base,
                                const float* window, uint4* to) const {
     const int edges = how.edges, first = how.first;
-    const int64_t low = row_time(row), high = row_time(row + 8);
-    if (edges < 0) {
-      look_up(low, high, column_time, edges == kLookUpWide, base, window, to);
+    if (edges == kLookUpWide) {
+      look_up_wide(row_time(row), row_time(row + 8), column_time, window, to);
+      return;
+    }
+    const uint32_t low = own.digits[row] - base, high = own.digits[row + 8] - base;
+    if (edges == kLookUp) {
+      look_up(low, high, window, to);
       return;
     }
     const bool before = how.before;
@@ -221,7 +237,7 @@ struct BiasFiller {
       if (k > 0) values[4 * k - 4] = pair.x + weight, values[4 * k - 3] = pair.y + weight;
       if (k < 8) values[4 * k + 2] = pair.x + weight, values[4 * k + 3] = pair.y + weight;
     }
-    add_edges(values, first, edges, before, static_cast<uint32_t>(low) - base, static_cast<uint32_t>(high) - base);
+    add_edges(values, first, edges, before, low, high);
     CUTE_UNROLL
     for (int c = 0; c < 4; ++c) put(to + 32 * c, values + 8 * c);
   }
@@ -248,37 +264,40 @@ struct BiasFiller {
     }
   }
 
-  // Every weight looked up, 16 columns at a time. `low`, `high`: times of the thread's rows.
-  template <class ColumnTime>
-  __device__ void look_up(int64_t low, int64_t high, ColumnTime column_time, bool wide, uint32_t base,
-                          const float* window, uint4* to) const {
-    const int64_t fixed[2] = {low, high};
-    const int own_column = lane % 4 * 2;
+  // Every weight looked up, 16 columns at a time. `low`, `high`: times of the thread's rows, counted as streamed ones are.
+  __device__ void look_up(uint32_t low, uint32_t high, const float* window, uint4* to) const {
+    const int* near = own.near + lane % 4 * 2;
     CUTE_NO_UNROLL
     for (int c = 0; c < 4; ++c) {
-      float values[8];
-      CUTE_UNROLL
-      for (int e = 0; e < 8; e += 2) {
-        const int right = element_column(e), down = element_row(e) / 8;
-        const float2 pair = *reinterpret_cast<const float2*>(window + 16 * c + right + 8 - 8 * down);
-        values[e] = pair.x, values[e + 1] = pair.y;
-      }
-      if (wide) {
-        CUTE_UNROLL
-        for (int e = 0; e < 8; ++e) {
-          const int64_t streamed = column_time(own_column + 16 * c + element_column(e));
-          values[e] += buckets.weights[bucket_of(buckets, distance_of(fixed[element_row(e) / 8], streamed))];
-        }
-      } else {
-        CUTE_UNROLL
-        for (int e = 0; e < 8; ++e) {
-          const uint32_t from = static_cast<uint32_t>(fixed[element_row(e) / 8]) - base;
-          const auto near = static_cast<uint32_t>(own.near[own_column + 16 * c + element_column(e)]);
-          values[e] += buckets.weights[near_bucket_of(buckets, static_cast<int>(from - near))];
-        }
-      }
-      put(to + 32 * c, values);
+      sixteen_columns(window + 16 * c, to + 32 * c, [&](int e) {
+        const auto streamed = static_cast<uint32_t>(near[16 * c + element_column(e)]);
+        return near_bucket_of(buckets, static_cast<int>((element_row(e) ? high : low) - streamed));
+      });
     }
+  }
+
+  // Where distances need more than 32 bits.
+  template <class ColumnTime>
+  __device__ void look_up_wide(int64_t low, int64_t high, ColumnTime column_time, const float* window, uint4* to) const {
+    CUTE_NO_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      sixteen_columns(window + 16 * c, to + 32 * c, [&](int e) {
+        const int64_t streamed = column_time(lane % 4 * 2 + 16 * c + element_column(e));
+        return bucket_of(buckets, distance_of(element_row(e) ? high : low, streamed));
+      });
+    }
+  }
+
+  // `bucket_at`: of the thread's e-th of 16 x 16 pairs.
+  template <class BucketAt>
+  __device__ void sixteen_columns(const float* window, uint4* to, BucketAt bucket_at) const {
+    float values[8];
+    CUTE_UNROLL
+    for (int e = 0; e < 8; e += 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(window + element_column(e) + 8 - element_row(e));
+      values[e] = pair.x + buckets.weights[bucket_at(e)], values[e + 1] = pair.y + buckets.weights[bucket_at(e + 1)];
+    }
+    put(to, values);
   }
 
   __device__ static void put(uint4* to, const float* values) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, get_args
@@ -141,18 +141,28 @@ def test_hidden_pairs_of_a_stored_bias_weigh_nothing(score: float, dtype: torch.
         assert_hidden(score, dtype, 16)
 
 
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Sets what a stored bias and stored gradients of the scores may take, in GiB."""
+
+    def set_limits(bias: str, scores: str) -> None:
+        monkeypatch.setenv("GENREC_ATTENTION_BIAS_GIB", bias)
+        monkeypatch.setenv("GENREC_ATTENTION_STORED_GIB", scores)
+        launch_stored.limit.cache_clear()
+
+    yield set_limits
+    launch_stored.limit.cache_clear()
+
+
 @interpreted
 @pytest.mark.parametrize(("bias", "scores", "stored"), [("0", "1", False), ("1", "0", True), ("1e-5", "1", False)])
 def test_without_room_nothing_is_stored(
-    bias: str, scores: str, stored: bool, monkeypatch: pytest.MonkeyPatch
+    bias: str, scores: str, stored: bool, limits: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("GENREC_ATTENTION_BIAS_GIB", bias)
-    monkeypatch.setenv("GENREC_ATTENTION_STORED_GIB", scores)
-    launch_stored.limit.cache_clear()
+    limits(bias, scores)
     names = started(monkeypatch)
     with form("stored"):
         assert_parity("triton", one_head(named("targets-both")), torch.float32)
-    launch_stored.limit.cache_clear()
     assert names == [*FORWARD[not stored :], "backward_kernel"]
 
 
@@ -255,6 +265,35 @@ def test_stored_bias_and_scores_on_gpu(words: dict, monkeypatch: pytest.MonkeyPa
     with tuning.autotune(False):
         assert_parity("triton", case, torch.bfloat16, "cuda")
     assert names == [*FORWARD, *BACKWARD, "stored_tables_kernel"]
+
+
+@pytest.mark.hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [32, 64, 256])
+def test_stored_bias_of_other_dims_on_gpu(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = started(monkeypatch)
+    case = Case("stored", **{**_REAL, "position": True, "time": True}, qk_dim=dim, v_dim=dim)
+    with tuning.autotune(False):
+        assert_parity("triton", case, torch.bfloat16, "cuda")
+    assert names[:2] == FORWARD
+    assert ("stored_tables_kernel" in names) == (dim < 256)
+
+
+@pytest.mark.hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("words", [{}, {"contexts": (4, 0, 2, 0, 3), "targets": (200, 1, 33, 0, 64), "group": 2}],
+                         ids=["causal", "contexts_targets"])  # fmt: skip
+def test_a_bias_that_is_not_stored_on_gpu(
+    words: dict, dim: int, limits: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """As long sequences have it."""
+    limits("0", "0")
+    names = started(monkeypatch)
+    case = Case("not stored", **{**_REAL, "position": True, "time": True, **words}, qk_dim=dim, v_dim=dim)
+    with tuning.autotune(False):
+        assert_parity("triton", case, torch.bfloat16, "cuda")
+    assert "bias_kernel" not in names
 
 
 @pytest.mark.hopper

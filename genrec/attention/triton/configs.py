@@ -62,7 +62,11 @@ _FORWARD_WITH_BIAS = {
     128: [Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 128, 8, 2)],
     256: [Config(128, 32, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
 }
-_STORED_FORWARD = {128: [Config(128, 64, 4, 2, stored=True), Config(128, 64, 8, 3, stored=True)]}
+_STORED_FORWARD = {
+    64: [Config(128, 64, 4, 3, stored=True), Config(64, 64, 4, 3, stored=True)],
+    128: [Config(128, 64, 4, 2, stored=True), Config(128, 64, 8, 3, stored=True)],
+    256: [Config(128, 64, 8, 2, stored=True)],
+}
 _BACKWARD = {
     64: [Config(64, 128, 8, 3, passes="rows"), Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 128, 8, 2)],
     128: [Config(64, 128, 8, 2, passes="rows"), Config(64, 128, 8, 2), Config(64, 64, 4, 1)],
@@ -78,7 +82,11 @@ _BACKWARD_WITH_BIAS = {
     256: [Config(64, 64, 8, 2, passes="rows"), Config(32, 128, 8, 3, passes="split"),
           Config(64, 64, 8, 1, passes="tables"), Config(64, 64, 8, 1)],
 }  # fmt: skip
-_STORED_BACKWARD = {128: [Config(64, 64, 4, 2, passes="stored"), Config(64, 128, 8, 3, passes="stored")]}
+# At 256 two accumulators of whole warpgroups' keys don't fit.
+_STORED_BACKWARD = {
+    64: [Config(64, 64, 4, 3, passes="stored"), Config(128, 64, 4, 2, passes="stored")],
+    128: [Config(64, 64, 4, 2, passes="stored"), Config(64, 128, 8, 3, passes="stored")],
+}
 # At least as many rows as keys, for the gradient of a position table; the other way round in the kernels over keys.
 _ROWS = {
     64: [Config(64, 64, 4, 2), Config(128, 64, 8, 2)],

@@ -1,9 +1,10 @@
 """What goes through memory between kernels: whether there is room, and the launches that fill and use it.
 
-`GENREC_ATTENTION_BIAS_GIB` (1) limits what the tiles of the relative bias take, `GENREC_ATTENTION_STORED_GIB` (4) the
-gradients of the scores of all heads. A batch that needs more has the forms of the kernels that store nothing. What one
-needs is known from the number of tokens and the greatest length, without asking the device: for each row all keys that
-the longest sequence has, or half of them with a causal mask. Where lengths differ, that is more than is used.
+`GENREC_ATTENTION_BIAS_GIB` limits what the tiles of the relative bias take, else a 64th of the GPU's memory does;
+`GENREC_ATTENTION_STORED_GIB`, or a 16th, the gradients of the scores of all heads. A batch that needs more has the
+forms of the kernels that store nothing. What one needs is known from the number of tokens and the greatest length,
+without asking the device: for each row all keys that the longest sequence has, or half of them with a causal mask.
+Where lengths differ, that is more than is used.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def places(call: Call, rows: int, keys: int) -> Places:
 
 
 @cache
-def limit(name: str, default: float) -> float:
-    """Bytes that the environment allows; read once."""
-    text = os.environ.get(name) or str(default)
+def limit(name: str, device: torch.device, share: int) -> float:
+    """Bytes that the environment allows, else a device's memory divided by `share`; found once."""
+    text = os.environ.get(name)
+    if not text:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 64 * 2**30
+        return memory / share
     try:
         gib = float(text)
     except ValueError:
@@ -69,8 +73,9 @@ def room(call: Call) -> tuple[bool, bool]:
     if call.generation != (9 if call.fragments else 0) or (call.position is None and call.time is None):
         return False, False
     cells = places(call, CELL.value, CELL.value).tiles * CELL.value**2 * call.q.element_size()
-    bias = cells <= limit("GENREC_ATTENTION_BIAS_GIB", 1.0)
-    return bias, bias and cells * call.q.shape[1] <= limit("GENREC_ATTENTION_STORED_GIB", 4.0)
+    device = call.q.device
+    bias = cells <= limit("GENREC_ATTENTION_BIAS_GIB", device, 64)
+    return bias, bias and cells * call.q.shape[1] <= limit("GENREC_ATTENTION_STORED_GIB", device, 16)
 
 
 def loads(call: Call, config: Config, of_keys: bool) -> bool:

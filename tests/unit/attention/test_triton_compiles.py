@@ -66,15 +66,15 @@ from genrec.attention.triton.configs import candidates
 triton.runtime.driver.set_active(_Hopper())
 options = SimpleNamespace(dtype="bf16", contexts=False, targets=False, dropout=0.0, deterministic=False)
 found = {}
-for kind in ("forward", "backward"):
-    call = make_call(options, 128, "both")
+for kind, dim in (("forward", 64), ("forward", 128), ("forward", 256), ("backward", 64), ("backward", 128)):
+    call = make_call(options, dim, "both")
     for config in candidates(kind, call.shape):
         if not config.stored and config.passes != "stored":
             continue
         code = compile_kernel(kind, call, config).asm["ttgir"]
         layouts = dict(re.findall(r"^(#\\w+) = (.*)$", code, re.MULTILINE))
         loads = re.findall(r"ld\\.global\\.nc\\.v4.*-> tensor<(\\d+)x(\\d+)xf16, (#\\w+)>", code)
-        found[str(config)] = config.warps, [(int(x), int(y), layouts[name]) for x, y, name in loads]
+        found[f"{dim} {config}"] = config.warps, [(int(x), int(y), layouts[name]) for x, y, name in loads]
 compile_kernel("stored_rows", call, replace(candidates("stored_rows", call.shape)[0], passes="stored"))
 print(json.dumps(found))
 """
@@ -84,7 +84,7 @@ print(json.dumps(found))
 def test_a_stored_bias_is_read_in_the_layout_that_it_is_stored_in(tmp_path: Path) -> None:
     """`load_fragments` would read nonsense in any other: warps stacked, instructions as wide as the tile."""
     found = json.loads(run(STORED, tmp_path))
-    assert len(found) == 4
+    assert len(found) == 9
     for config, (warps, loads) in found.items():
         assert len(loads) == 2, config  # without a mask and with one
         for lines, columns, layout in loads:
