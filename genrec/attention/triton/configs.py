@@ -63,7 +63,7 @@ _FORWARD_WITH_BIAS = {
     256: [Config(128, 32, 8, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2)],
 }
 _STORED_FORWARD = {
-    64: [Config(128, 64, 4, 3, stored=True), Config(64, 64, 4, 3, stored=True)],
+    64: [Config(128, 64, 4, 3, stored=True)],
     128: [Config(128, 64, 4, 2, stored=True), Config(128, 64, 8, 3, stored=True)],
     256: [Config(128, 64, 8, 2, stored=True)],
 }
@@ -84,7 +84,7 @@ _BACKWARD_WITH_BIAS = {
 }  # fmt: skip
 # At 256 two accumulators of whole warpgroups' keys don't fit.
 _STORED_BACKWARD = {
-    64: [Config(64, 64, 4, 3, passes="stored"), Config(128, 64, 4, 2, passes="stored")],
+    64: [Config(64, 64, 4, 3, passes="stored")],
     128: [Config(64, 64, 4, 2, passes="stored"), Config(64, 128, 8, 3, passes="stored")],
 }
 # At least as many rows as keys, for the gradient of a position table; the other way round in the kernels over keys.

@@ -387,9 +387,9 @@ def test_a_default_has_the_blocks_that_its_kernel_needs() -> None:
         found = configs.candidates("backward", shape)
         assert len(set(found)) == len(found)
         roomy = replace(shape, room_for_bias=bias, room_for_scores=bias)
-        if width == 128 and bits == 16 and hopper and bias:  # measured there
+        if bits == 16 and hopper and bias:  # measured there
             assert configs.candidates("forward", roomy)[0].stored
-            assert configs.candidates("backward", roomy)[0].passes == "stored"
+            assert (configs.candidates("backward", roomy)[0].passes == "stored") == (width <= 128)
             assert not configs.candidates("forward", replace(roomy, room_for_bias=False))[0].stored
             assert configs.candidates("backward", replace(roomy, room_for_scores=False)) == found
         else:
