@@ -96,10 +96,11 @@ struct BiasFiller {
     for (int n = unit * each; n < end; ++n) {
       const int column = ranges.tile(n);
       const int64_t part = places.part<BiasCell>(m, column);
-      if (part >= 0) one_part(times, queries, m * 64, column * kCellKeys, part);
+      if (part >= 0) one_part(times, queries.span, m * 64, column * kCellKeys, part);
     }
   }
 
+  // What all parts of the unit need of its queries.
   __device__ void put_queries(const SixtyFour& queries) const {
     sync_warp();  // what the unit before left has been read
     CUTE_UNROLL
@@ -111,7 +112,8 @@ struct BiasFiller {
     }
   }
 
-  __device__ void one_part(const SequenceTimes& times, const SixtyFour& queries, int query, int key,
+  // `rows`: of the times of the part's queries.
+  __device__ void one_part(const SequenceTimes& times, const TimeSpan& rows, int query, int key,
                            int64_t part) const {
     uint4* to = static_cast<uint4*>(const_cast<void*>(p.bias.store.data)) + part * (kBiasPartBytes / 16) + lane;
     sync_warp();  // what the part before left has been read
@@ -120,7 +122,7 @@ struct BiasFiller {
     if (p.bias.time != nullptr) {
       SixtyFour keys;
       keys.read([&](int j) { return times.key(key + j); }, lane);
-      told = put_times(queries.span, keys);
+      told = put_times(rows, keys);
     }
     sync_warp();
     // The thread's first row and the column before its first; 16 rows down are 16 entries back.

@@ -247,6 +247,14 @@ def test_forms_of_the_backward_pass_on_gpu(name: str, dtype: torch.dtype, passes
         assert_parity("triton", named(name), dtype, "cuda")
 
 
+def started_by_default(case: Case, monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> list[str]:
+    """Names of the kernels that a case starts in bf16, with what is chosen for it. It must be right."""
+    names = started(monkeypatch)
+    with tuning.autotune(False):
+        assert_parity("triton", case, torch.bfloat16, device)
+    return names
+
+
 @pytest.mark.hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("words", [
@@ -259,22 +267,17 @@ def test_forms_of_the_backward_pass_on_gpu(name: str, dtype: torch.dtype, passes
 ], ids=["ties", "position", "contexts_targets", "window", "full", "cached"])  # fmt: skip
 def test_stored_bias_and_scores_on_gpu(words: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A default at head dim 128; real shapes and all that follows take it there too."""
-    names = started(monkeypatch)
     case = Case("stored", **{**_REAL, "position": "times" not in words or words["times"] != "ties", **words},
                 qk_dim=128, v_dim=128)  # fmt: skip
-    with tuning.autotune(False):
-        assert_parity("triton", case, torch.bfloat16, "cuda")
-    assert names == [*FORWARD, *BACKWARD, "stored_tables_kernel"]
+    assert started_by_default(case, monkeypatch) == [*FORWARD, *BACKWARD, "stored_tables_kernel"]
 
 
 @pytest.mark.hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [32, 64, 256])
 def test_stored_bias_of_other_dims_on_gpu(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = started(monkeypatch)
     case = Case("stored", **{**_REAL, "position": True, "time": True}, qk_dim=dim, v_dim=dim)
-    with tuning.autotune(False):
-        assert_parity("triton", case, torch.bfloat16, "cuda")
+    names = started_by_default(case, monkeypatch)
     assert names[:2] == FORWARD
     assert ("stored_tables_kernel" in names) == (dim < 256)
 
@@ -289,11 +292,8 @@ def test_a_bias_that_is_not_stored_on_gpu(
 ) -> None:  # fmt: skip
     """As long sequences have it."""
     limits("0", "0")
-    names = started(monkeypatch)
     case = Case("not stored", **{**_REAL, "position": True, "time": True, **words}, qk_dim=dim, v_dim=dim)
-    with tuning.autotune(False):
-        assert_parity("triton", case, torch.bfloat16, "cuda")
-    assert "bias_kernel" not in names
+    assert "bias_kernel" not in started_by_default(case, monkeypatch)
 
 
 @pytest.mark.hopper

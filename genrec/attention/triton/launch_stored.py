@@ -51,7 +51,7 @@ def places(call: Call, rows: int, keys: int) -> Places:
 
 @cache
 def limit(name: str, device: torch.device, share: int) -> float:
-    """Bytes that the environment allows, else a device's memory divided by `share`; found once."""
+    """Bytes that the environment allows, else a GPU's memory divided by `share`, or so much of 64 GiB; found once."""
     text = os.environ.get(name)
     if not text:
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 64 * 2**30
