@@ -34,6 +34,11 @@ struct ForwardShape {
   static constexpr int kKeys = D == 256 ? 64 : 128;
   static constexpr int kBiasWarps = kRelative ? 3 : 0;
   static constexpr bool kBiasAhead = D > 64;  // registers left for the bias before the scores are there
+  // When a warpgroup gives its turn to the next: when its products are issued; at D = 64, where SiLU takes longer than they do,
+  // when kSooner of a thread's weights are there as well. Else both compute SiLU, then both wait for products.
+  static constexpr bool kPassesLate = D == 64 && (kBias == Bias::kNone || kBiasStored);
+  static constexpr int kSooner = !kPassesLate ? kKeys / 2 : kBiasStored ? 32 : 16;
+  static constexpr int kFewTiles = 4;  // of keys, for which turns are not given late: beginning so takes time
   // Shared memory decides: 227 KiB. D = 256: 64 + 4 * 32 KiB.
   static constexpr int kQueryStages = D == 256 ? 1 : 2;
   static constexpr int kKeyStages = D <= 64 ? 4 : 2;
@@ -221,15 +226,11 @@ __device__ inline void forward_prepare_bias(const typename Shape::Params& p, typ
   }
 }
 
-// Scores of 64 queries and a key tile to weights, in place; with a bias they are its h (bias.h) already. `low`, `high`:
-// what the thread's two rows see.
-template <class Shape, class Scores>
-__device__ inline void weigh(Scores& scores, float half_alpha, bool masked, RowSight low, RowSight high, int column) {
+// Of a thread's scores those from kFrom to before kTo, h (bias.h) already, become weights.
+template <int kFrom, int kTo, class Scores>
+__device__ inline void weigh(Scores& scores) {
   CUTE_UNROLL
-  for (int e = 0; e < cute::size(scores); ++e) {
-    scores(e) = Shape::kBias == Bias::kNone ? silu(scores(e), half_alpha) : silu_of_half(scores(e));
-  }
-  if (masked) hide_unseen_columns<Shape::kCausal>(scores, low, high, column);
+  for (int e = kFrom; e < kTo; ++e) scores(e) = silu_of_half(scores(e));
 }
 
 template <class Shape>
@@ -298,7 +299,10 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         values.read(shared.bias.tiles[bias.stage], fixed_row, lane.column());
       }
     };
-    const auto to_weights = [&](auto& scores, int n) {
+    const bool passes_late = Shape::kPassesLate && count > Shape::kFewTiles;
+    // Of the n-th tile, to `weights`; `finish_last` has the products that read those of the tile before finished.
+    const auto to_weights = [&](auto& scores, int n, auto& weights, auto finish_last) {
+      constexpr int kScores = Shape::kKeys / 2;
       const int j0 = ranges.tile(n) * Shape::kKeys;
       if constexpr (Shape::kRelative) {
         add_bias_by_parts(scores, p.common.half_alpha, values, shared.bias.tiles[bias.stage], shared.bias.buckets,
@@ -312,8 +316,17 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, unit.head,
                              tile.first + 64 * warpgroup + lane.row(), j0 + lane.column(), tile.queries, tile.keys);
       }
-      const bool masked = !band.all_see(j0, j0 + Shape::kKeys);
-      weigh<Shape>(scores, p.common.half_alpha, masked, low, high, j0 + lane.column());
+      if constexpr (Shape::kBias == Bias::kNone) {
+        CUTE_UNROLL
+        for (int e = 0; e < kScores; ++e) scores(e) *= p.common.half_alpha;
+      }
+      weigh<0, Shape::kSooner>(scores);
+      if (!band.all_see(j0, j0 + Shape::kKeys))  // what is no weight yet becomes one of zero
+        hide_unseen_columns<Shape::kCausal>(scores, low, high, j0 + lane.column());
+      if (passes_late) turns.pass();
+      finish_last();
+      weigh<Shape::kSooner, kScores>(scores);
+      convert<Element>(scores, weights);
     };
 
     Tensor out = partition_fragment_C(out_mma, Extent<Shape::kQueries, D>{});
@@ -327,13 +340,12 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         read_stored_bias();
         turns.wait();
         issue_product<true>(score_mma, q_tile(_, _, _, q.stage), k_tile(_, _, _, k.stage), scores);
-        turns.pass();
+        if (!passes_late) turns.pass();
         read_bias();
         wait_for<0>(scores);
         release(shared.k_ring.empty[k.stage]);
         k.next();
-        to_weights(scores, 0);
-        convert<Element>(scores, weights);
+        to_weights(scores, 0, weights, [] {});
       }
       CUTE_NO_UNROLL
       for (int n = 1; n < count; ++n) {
@@ -344,16 +356,16 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
         issue_product<true>(score_mma, q_tile(_, _, _, q.stage), k_tile(_, _, _, k.stage), scores);
         shared.v_ring.full[v.stage].wait(v.parity);
         issue_product<false>(out_mma, weights, v_tile(_, _, _, v.stage), out);
-        turns.pass();
+        if (!passes_late) turns.pass();
         read_bias();
         wait_for<1>(scores);
         release(shared.k_ring.empty[k.stage]);
         k.next();
-        to_weights(scores, n);
-        wait_for<0>(out);
-        release(shared.v_ring.empty[v.stage]);
-        v.next();
-        convert<Element>(scores, weights);
+        to_weights(scores, n, weights, [&] {
+          wait_for<0>(out);
+          release(shared.v_ring.empty[v.stage]);
+          v.next();
+        });
       }
       release(shared.q_ring.empty[q.stage]);
       shared.v_ring.full[v.stage].wait(v.parity);

@@ -44,9 +44,6 @@ __device__ inline void convert(From const& from, To& to) {
 // SiLU(x) = x sigmoid(x) = h + h tanh(h), h = x / 2. One special-function operation.
 __device__ inline float silu_of_half(float h) { return fmaf(h, fast_tanh(h), h); }
 
-// half_alpha brings the 1/2 along.
-__device__ inline float silu(float score, float half_alpha) { return silu_of_half(score * half_alpha); }
-
 struct SiluAndDerivative {
   float value, derivative;
 };

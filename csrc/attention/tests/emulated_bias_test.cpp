@@ -428,6 +428,9 @@ int main() {
   good &= check<Bias::kDense>({"dense", mixed, {2, -1, 1}, 2, D, D, 2, false, {Bias::kDense}});
   good &= check<Bias::kDense>({"dense, shared by heads", mixed, {2, 20, 0}, 2, D, D, 2, true,
                                {Bias::kDense, false, 0, Clock::kSeconds, false, true}});
+  if (D == 64)  // more tiles of keys than few: turns are given late
+    good &= check<Bias::kRelative>({"cached keys, many", {{140, 700, 0, 0}, {20, 300, 0, 0}}, {1, -1, 1}, 1, D, D, 2, false,
+                                    {Bias::kRelative, true, 64, Clock::kSeconds}});
   std::printf(good ? "ok\n" : "bad\n");
   return good ? 0 : 1;
 }
