@@ -315,8 +315,7 @@ __device__ inline void forward_consume(const typename Shape::Params& p, typename
       } else if constexpr (Shape::kBias == Bias::kDense) {
         add_dense_bias<true>(scores, p.common.half_alpha, p.bias, tile.sequence, unit.head,
                              tile.first + 64 * warpgroup + lane.row(), j0 + lane.column(), tile.queries, tile.keys);
-      }
-      if constexpr (Shape::kBias == Bias::kNone) {
+      } else {
         CUTE_UNROLL
         for (int e = 0; e < kScores; ++e) scores(e) *= p.common.half_alpha;
       }
